@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 DISK = "disk"
 CPU = "cpu"
@@ -104,19 +105,18 @@ class TensorSpec:
 class BlockSpec:
     """A unit of planning and prefetch: a no-split module, or the tensors that one other module owns itself.
 
-    `whole` says that the block owns everything below it; otherwise only the tensors directly in the module.
-    `streamable` is False where moving bytes about would not move the tensor (wrapper subclasses).
+    A tensor belongs to the first block that holds it; `borrows` names the ones that this block uses and another owns.
     """
 
     name: str
     tensors: tuple[TensorSpec, ...]
     whole: bool
+    """The block is everything below its module; otherwise only the tensors directly in it."""
     parts: tuple[BlockSpec, ...] = ()
-    """The same tensors cut at the leaves: what to fall back to where the block does not fit a ring slot."""
-
-    @property
-    def weight_bytes(self) -> int:
-        return sum(t.nbytes for t in self.tensors if not t.is_buffer)
+    """The same tensors cut at the leaves: what to fall back to where the block does not fit."""
+    borrows: tuple[str, ...] = ()
+    gathers: bool = False
+    """An embedding table: its forward reads a few rows, never the whole."""
 
     @property
     def buffer_bytes(self) -> int:
@@ -163,33 +163,68 @@ class Hardware:
 
 @dataclass(frozen=True)
 class Placement:
-    """Where one block rests (`home`: a device, "cpu" or "disk") and where it is computed (`device`)."""
+    """Where one block rests (`home`: a device, "cpu" or "disk") and where it is computed (`device`).
+
+    `exceptions` are single tensors of the block that a device map sends elsewhere. With `at_home` the activations
+    travel instead of the weights: inputs go to where the block rests, outputs return to `device`.
+    """
 
     block: BlockSpec
     home: str
     device: str
+    at_home: bool = False
+    exceptions: Mapping[str, str] = field(default_factory=dict)
+
+    def home_of(self, tensor: str) -> str:
+        return self.exceptions.get(tensor, self.home)
 
     @property
-    def streams(self) -> bool:
-        return self.home != self.device
+    def streamed_bytes(self) -> int:
+        """Bytes that have to come to `device` each time the block runs."""
+        if self.at_home:
+            return 0
+        return sum(t.nbytes for t in self.block.tensors if not t.is_buffer and self.home_of(t.name) != self.device)
 
 
 @dataclass(frozen=True)
 class Plan:
     """A placement for every block. Frozen: execution makes no placement decisions of its own.
 
-    `used` and `budget` are bytes by device; `ring` is the bytes of the buffers that streamed blocks land in, by
+    `used` and `budget` are bytes by device name. `ring` is the bytes of the buffers that streamed blocks land in, by
     execution device, already counted in `used`.
     """
 
     placements: tuple[Placement, ...]
-    device_map: Mapping[str, int | str]
+    device_map: Mapping[str, Any]
     main_device: str
     budget: Mapping[str, int]
     used: Mapping[str, int]
     ring: Mapping[str, int]
     ties: Mapping[str, str] = field(default_factory=dict)
+    offload_buffers: bool = False
 
     @property
     def streams(self) -> bool:
-        return any(p.streams for p in self.placements)
+        """Whether any weight has to travel when the model runs."""
+        return any(p.streamed_bytes for p in self.placements) or DISK in self.devices
+
+    @property
+    def devices(self) -> frozenset[str]:
+        """Every place that the plan uses, as home or to compute."""
+        homes = {home for p in self.placements for home in (p.home, *p.exceptions.values())}
+        return frozenset(homes | {p.device for p in self.placements})
+
+
+@dataclass(frozen=True)
+class LoadRequest:
+    """What a caller of a loader wants, in no framework's terms."""
+
+    device_map: Any
+    max_memory: Mapping[Any, int | str] | None = None
+    offload_folder: str | None = None
+    offload_buffers: bool = False
+    main_device: str | None = None
+    no_split: tuple[str, ...] | None = None
+    """Class names of modules that stay on one device; None: found from the model's structure."""
+    skip_keys: tuple[str, ...] = ()
+    """Keyword arguments and outputs that are never moved between devices (caches)."""

@@ -1,0 +1,1 @@
+"""Measurements at real size: checkpoints, memory limits, disk bandwidth and forwards. See README.md."""

@@ -1,0 +1,209 @@
+"""What this machine can hold, probed in one place: accelerators, free memory, container limits.
+
+torch is imported only where an accelerator is asked about, so that header-only commands stay quick.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .errors import DeviceMapError
+from .settings import parse_size
+from .specs import CPU, DISK, Hardware
+
+if TYPE_CHECKING:
+    import torch
+
+MaxMemory = Mapping[Any, "int | str"]
+
+HEADROOM = 0.10
+"""Share of a *measured* free figure that is left alone, for what a plan does not count (other programs, fragments)."""
+
+_UNLIMITED = 1 << 60
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+def probe(max_memory: MaxMemory | None = None) -> Hardware:
+    """The memory a plan may use, in bytes.
+
+    Without `max_memory`, what is free now less `HEADROOM`. With it, exactly what it allows: a device that it does not
+    name is not used, as Accelerate documents it.
+
+    Raises:
+        DeviceMapError: `max_memory` names a device that this machine does not have, or a size that is none.
+    """
+    if max_memory is None:
+        keep = 1 - HEADROOM
+        free = free_by_accelerator()
+        return Hardware({name: int(count * keep) for name, count in free.items()}, int(free_ram() * keep))
+    limits = {memory_key(key): _size(key, value) for key, value in max_memory.items()}
+    ram = limits.pop(CPU, 0)
+    limits.pop(DISK, None)
+    known = accelerator_names()
+    unknown = [name for name in limits if name not in known]
+    if unknown:
+        raise DeviceMapError(f"max_memory names {', '.join(unknown)}, but this machine has {_listing(known)}.")
+    return Hardware({name: limits[name] for name in known if name in limits}, ram, max_is_explicit=True)
+
+
+def _size(key: Any, value: int | str) -> int:
+    try:
+        size = parse_size(value) if isinstance(value, str) else int(value)
+    except (TypeError, ValueError) as error:
+        raise DeviceMapError(f"max_memory[{key!r}] = {value!r} is not a size: use bytes or text as '10GiB'.") from error
+    if size < 0:
+        raise DeviceMapError(f"max_memory[{key!r}] = {value!r} is negative.")
+    return size
+
+
+def _listing(accelerators: list[str]) -> str:
+    return ", ".join([*accelerators, CPU, DISK]) if accelerators else "no accelerator: only 'cpu' and 'disk'"
+
+
+def memory_key(key: Any) -> str:
+    """The device name of a `max_memory` or device-map key: 0 -> "cuda:0" (or what the accelerator is called)."""
+    if isinstance(key, str) and key in (CPU, DISK):
+        return key
+    return device_name(key)
+
+
+def device_name(value: Any) -> str:
+    """A device's one name in this package: `0`, `"cuda"`, `torch.device("cuda", 0)` are all "cuda:0".
+
+    Raises:
+        DeviceMapError: `value` names no device.
+    """
+    if isinstance(value, str) and value in (CPU, DISK):
+        return value
+    import torch
+
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{accelerator_type(default='cuda')}:{value}"
+    try:
+        device = torch.device(value)
+    except (RuntimeError, TypeError) as error:
+        raise DeviceMapError(f"{value!r} is not a device; this machine has {_listing(accelerator_names())}.") from error
+    if device.type in (CPU, "meta", "mps"):
+        return device.type
+    index = torch.accelerator.current_device_index() if device.index is None and _has_accelerator() else device.index
+    return f"{device.type}:{index or 0}"
+
+
+def torch_device(name: str) -> torch.device:
+    """The torch device of a device name; "disk" is computed with on the CPU."""
+    import torch
+
+    return torch.device(CPU if name == DISK else name)
+
+
+def map_value(name: str) -> int | str:
+    """A device name as device maps show it: accelerators by number, as users expect them."""
+    kind, _, index = name.partition(":")
+    return int(index) if index and kind == accelerator_type(default="") else name
+
+
+def _has_accelerator() -> bool:
+    import torch
+
+    return torch.accelerator.is_available()
+
+
+def accelerator_type(default: str) -> str:
+    """ "cuda", "xpu", "mps", ... of this machine, or `default` where it has none."""
+    import torch
+
+    return torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else default  # type: ignore[union-attr]
+
+
+def accelerator_names() -> list[str]:
+    """Every accelerator of this machine, in order."""
+    if not _has_accelerator():
+        return []
+    import torch
+
+    kind = accelerator_type(default="")
+    return [kind] if kind == "mps" else [f"{kind}:{i}" for i in range(torch.accelerator.device_count())]
+
+
+def main_accelerator() -> str | None:
+    """The accelerator that a model runs on when nothing says otherwise."""
+    names = accelerator_names()
+    return names[0] if names else None
+
+
+def free_by_accelerator() -> dict[str, int]:
+    """Bytes each accelerator could still give: free on the device, plus what the allocator holds unused."""
+    return {name: _free_on(name) for name in accelerator_names()}
+
+
+def _free_on(name: str) -> int:
+    import torch
+
+    device = torch.device(name)
+    if device.type == "mps":  # shares host memory
+        return free_ram()
+    free, _total = torch.accelerator.get_memory_info(device)
+    return free + torch.accelerator.memory_reserved(device) - torch.accelerator.memory_allocated(device)
+
+
+def free_ram() -> int:
+    """Bytes of host memory that may still be used, by the machine and by every container limit above this process.
+
+    Clean file pages count as free: the kernel gives them up before it refuses memory.
+    """
+    import psutil
+
+    return max(0, min(psutil.virtual_memory().available, *(limit - used for limit, used in container_limits())))
+
+
+def container_limits() -> list[tuple[int, int]]:
+    """(limit, unreclaimable use) in bytes of each memory cgroup this process is in, v1 and v2; at least one entry."""
+    found = [(_UNLIMITED, 0)]
+    for version, relative in _cgroups():
+        root = _CGROUP / "memory" if version == 1 else _CGROUP
+        folder = root / relative.lstrip("/")
+        while folder == root or root in folder.parents:
+            figures = _read_v1(folder) if version == 1 else _read_v2(folder)
+            if figures and figures[0] < _UNLIMITED:
+                found.append(figures)
+            folder = folder.parent
+    return found
+
+
+def _cgroups() -> list[tuple[int, str]]:
+    try:
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+    except OSError:  # not Linux
+        return []
+    fields = [line.split(":", 2) for line in lines]
+    v1 = [(1, path) for _, controllers, path in fields if "memory" in controllers.split(",")]
+    return v1 or [(2, path) for number, controllers, path in fields if number == "0" and not controllers]
+
+
+def _read_v1(folder: Path) -> tuple[int, int] | None:
+    pages = ("total_inactive_file", "total_active_file")
+    return _figures(folder, "memory.limit_in_bytes", "memory.usage_in_bytes", *pages)
+
+
+def _read_v2(folder: Path) -> tuple[int, int] | None:
+    return _figures(folder, "memory.max", "memory.current", "inactive_file", "active_file")
+
+
+def _figures(folder: Path, limit_file: str, usage_file: str, *file_pages: str) -> tuple[int, int] | None:
+    try:
+        limit = (folder / limit_file).read_text().strip()
+        used = int((folder / usage_file).read_text())
+        stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+    except OSError:  # the root group has no limit file
+        return None
+    reclaimable = sum(int(stat.get(key, 0)) for key in file_pages)
+    return (_UNLIMITED if limit == "max" else int(limit)), max(0, used - reclaimable)
+
+
+def free_disk(folder: str) -> int:
+    """Bytes free to this user on the file system of `folder`."""
+    stat = os.statvfs(folder)
+    return stat.f_bavail * stat.f_frsize

@@ -1,0 +1,373 @@
+"""The planner: a home and an execution device for every block, within the budgets.
+
+`make_plan` decides by itself, `follow_map` does what a device map says. Both end in the same frozen `Plan`.
+
+What streams needs room where it lands. So the planner first tries to stream nothing; then it tries each block size as
+the largest that may stream (the ring), keeps whatever is larger resident, and takes the ring that leaves the most bytes
+resident. A block that fits nowhere is cut into its leaves; a leaf larger than the device is computed where it rests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from typing import Any
+
+from .errors import BudgetError, human_bytes
+from .specs import CPU, DISK, BlockSpec, Hardware, ModelSpec, Placement, Plan
+
+STRATEGIES = ("auto", "balanced", "balanced_low_0", "sequential")
+_MAX_RING_CANDIDATES = 32
+
+MapValue = Callable[[str], Any]
+"""Device name -> how device maps write it (accelerators by number)."""
+
+
+def make_plan(
+    spec: ModelSpec,
+    hardware: Hardware,
+    strategy: str = "auto",
+    offload_buffers: bool = False,
+    map_value: MapValue = str,
+) -> Plan:
+    """Place every block of `spec` on `hardware`.
+
+    Args:
+        strategy: "auto" and "balanced" spread a model that fits evenly over the accelerators; "balanced_low_0" leaves
+            the first as empty as it can; "sequential" fills them in order.
+        offload_buffers: buffers of streamed blocks rest with their weights, instead of on the execution device.
+
+    Raises:
+        BudgetError: no placement keeps the budgets; names what fits nowhere, its bytes and the budgets.
+    """
+    if strategy not in STRATEGIES:
+        raise ValueError(f"device_map={strategy!r}: choose one of {', '.join(STRATEGIES)}, a device, or a dict.")
+    resident = _resident(spec, hardware, strategy)
+    placements = resident if resident is not None else _Offload(spec, hardware, offload_buffers).placements()
+    main = next(iter(hardware.devices), CPU)
+    return _finish(spec, placements, main, hardware, offload_buffers, map_value)
+
+
+def follow_map(
+    spec: ModelSpec,
+    home_of: Callable[[str], str],
+    main_device: str,
+    hardware: Hardware,
+    offload_buffers: bool = False,
+    map_value: MapValue = str,
+) -> Plan:
+    """The plan that a complete device map describes: `home_of(tensor name)` is its home.
+
+    A block whose tensors the map sends to several places is cut into its leaves.
+    """
+    placements = []
+    for block in spec.blocks:
+        homes = {home_of(t.name) for t in block.tensors}
+        for unit in block.parts if len(homes) > 1 and block.whole else (block,):
+            placements.append(_as_mapped(unit, home_of, main_device))
+    return _finish(spec, placements, main_device, hardware, offload_buffers, map_value)
+
+
+def _as_mapped(block: BlockSpec, home_of: Callable[[str], str], main: str) -> Placement:
+    homes = {t.name: home_of(t.name) for t in block.tensors}
+    home = next(iter(homes.values()), main)
+    device = next((h for h in homes.values() if h not in (CPU, DISK)), main)
+    exceptions = {name: h for name, h in homes.items() if h != home}
+    return Placement(block, home, device, at_home=_gathers_at(block, home, device), exceptions=exceptions)
+
+
+def _gathers_at(block: BlockSpec, home: str, device: str) -> bool:
+    """A table's few rows are cheaper to move than the table."""
+    return block.gathers and home in (CPU, DISK) and home != device
+
+
+# ---------------------------------------------------------------- everything resident
+
+
+def _resident(spec: ModelSpec, hardware: Hardware, strategy: str) -> list[Placement] | None:
+    """A placement without any offload, or None if there is none."""
+    if not hardware.devices:
+        if spec.nbytes > hardware.ram:
+            return None
+        return [Placement(b, CPU, CPU) for b in spec.blocks]
+    for limits in _limits(spec, hardware, strategy):
+        filled = _fill(spec.blocks, limits)
+        if all(home is not None for home in filled):
+            return [Placement(b, home, home) for b, home in zip(spec.blocks, filled, strict=True) if home is not None]
+    return None
+
+
+def _limits(spec: ModelSpec, hardware: Hardware, strategy: str) -> Iterator[dict[str, int]]:
+    """Budgets to try in turn, from the most even to what the hardware has."""
+    budgets = dict(hardware.devices)
+    names = list(budgets)
+    if strategy != "sequential" and len(names) > 1:
+        even = names[1:] if strategy == "balanced_low_0" else names
+        least = _least_even(spec.blocks, {n: budgets[n] for n in even})
+        if least is not None:
+            yield {n: min(budgets[n], least) if n in even else 0 for n in names}
+        if strategy == "balanced_low_0":  # what the others cannot take
+            yield {names[0]: max(0, spec.nbytes - sum(budgets[n] for n in even)), **{n: budgets[n] for n in even}}
+    yield budgets
+
+
+def _least_even(blocks: Sequence[BlockSpec], budgets: dict[str, int]) -> int | None:
+    """The smallest bytes per device that a contiguous cut over these devices needs; None if they are too small."""
+    low, high = 0, max(budgets.values(), default=0)
+    if not _fits(blocks, budgets):
+        return None
+    while low < high:
+        middle = (low + high) // 2
+        if _fits(blocks, {n: min(b, middle) for n, b in budgets.items()}):
+            high = middle
+        else:
+            low = middle + 1
+    return high
+
+
+def _fits(blocks: Sequence[BlockSpec], budgets: dict[str, int]) -> bool:
+    return None not in _fill(blocks, budgets)
+
+
+Size = Callable[[BlockSpec, str], int]
+
+
+def _whole_size(block: BlockSpec, _device: str) -> int:
+    return block.nbytes
+
+
+def _fill(blocks: Sequence[BlockSpec], budgets: dict[str, int], size: Size = _whole_size) -> list[str | None]:
+    """Blocks in order onto devices in order; None for one that no device from there on can take."""
+    homes: list[str | None] = []
+    left, names, current = dict(budgets), list(budgets), 0
+    for block in blocks:
+        at = next((i for i in range(current, len(names)) if size(block, names[i]) <= left[names[i]]), None)
+        if at is None:
+            homes.append(None)
+            continue
+        current = at
+        left[names[at]] -= size(block, names[at])
+        homes.append(names[at])
+    return homes
+
+
+# ---------------------------------------------------------------- with offload
+
+
+@dataclass(frozen=True)
+class _Choice:
+    ring: int
+    homes: tuple[str | None, ...]
+    resident_bytes: int
+
+
+class _Offload:
+    """Accelerators first, then RAM, then disk, with room kept for what streams."""
+
+    def __init__(self, spec: ModelSpec, hardware: Hardware, offload_buffers: bool) -> None:
+        self.spec, self.hardware, self.offload_buffers = spec, hardware, offload_buffers
+        self.main = next(iter(hardware.devices), CPU)
+        self.on_cpu = self.main == CPU
+        self.limit = hardware.ram if self.on_cpu else hardware.devices[self.main]
+        self.sizes = {t.name: t.nbytes for block in spec.blocks for t in block.tensors}
+        leaves = [leaf for block in spec.blocks for leaf in (block.parts or (block,))]
+        self.read_whole = {name for leaf in leaves if not leaf.gathers for name in leaf.borrows}
+        self.units = tuple(u for block in spec.blocks for u in self._cut(block))
+
+    def placements(self) -> list[Placement]:
+        homes = (None,) * len(self.units) if self.on_cpu else self._best_ring().homes
+        return self._below(list(homes))
+
+    def _cut(self, block: BlockSpec) -> Iterator[BlockSpec]:
+        """The block, or its leaves where the execution device cannot hold it even alone."""
+        if block.whole and self._arrival(block) > self.limit:
+            yield from block.parts
+        else:
+            yield block
+
+    def _arrival(self, unit: BlockSpec) -> int:
+        """Bytes that must be on the device at once for `unit` to run, if nothing of it is resident there."""
+        if unit.gathers and not any(t.name in self.read_whole for t in unit.tensors):
+            return 0  # rows travel, never the table
+        borrowed = sum(self.sizes.get(name, 0) for name in unit.borrows) if unit.tensors else 0
+        return unit.nbytes + borrowed
+
+    def _best_ring(self) -> _Choice:
+        sizes = sorted({size for u in self.units if (size := self._arrival(u)) <= self.limit} | {0})
+        step = max(1, len(sizes) // _MAX_RING_CANDIDATES)
+        candidates = sorted({*sizes[::step], *sizes[-1:]})
+        choices = [c for ring in candidates if (c := self._with_ring(ring)) is not None]
+        if not choices:  # not even the buffers fit: compute on the CPU what does not
+            return _Choice(0, (None,) * len(self.units), 0)
+        return max(choices, key=lambda c: (c.resident_bytes, -c.ring))
+
+    def _with_ring(self, ring: int) -> _Choice | None:
+        """Accelerator homes if at most `ring` bytes may stream at once; None where a larger block would have to."""
+        budgets = dict(self.hardware.devices)
+        budgets[self.main] -= ring + sum(map(self._kept_buffers, self.units))
+        if budgets[self.main] < 0:
+            return None
+        must = [ring < self._arrival(u) <= self.limit for u in self.units]
+        homes = self._fill_first(must, budgets)
+        if any(m and h is None for m, h in zip(must, homes, strict=True)):
+            return None
+        return _Choice(ring, tuple(homes), sum(u.nbytes for u, h in zip(self.units, homes, strict=True) if h))
+
+    def _kept_buffers(self, unit: BlockSpec) -> int:
+        return 0 if self.offload_buffers else unit.buffer_bytes
+
+    def _size_on(self, unit: BlockSpec, device: str) -> int:
+        return unit.nbytes - (self._kept_buffers(unit) if device == self.main else 0)
+
+    def _fill_first(self, must: list[bool], budgets: dict[str, int]) -> list[str | None]:
+        """Those that must be resident before the others, each group in module order."""
+        homes: list[str | None] = [None] * len(self.units)
+        for wanted in (True, False):
+            group = [i for i, m in enumerate(must) if m is wanted]
+            filled = _fill([self.units[i] for i in group], budgets, self._size_on)
+            for i, home in zip(group, filled, strict=True):
+                homes[i] = home
+                if home is not None:
+                    budgets[home] -= self._size_on(self.units[i], home)
+        return homes
+
+    def _below(self, homes: list[str | None]) -> list[Placement]:
+        """RAM, then disk, for what no accelerator took."""
+        rest = [i for i, home in enumerate(homes) if home is None]
+        for i, in_ram in zip(rest, self._ram_share([self.units[i] for i in rest]), strict=True):
+            homes[i] = CPU if in_ram else DISK
+        return [self._placement(u, home) for u, home in zip(self.units, homes, strict=True) if home is not None]
+
+    def _ram_share(self, units: Sequence[BlockSpec]) -> list[bool]:
+        """Which units rest in RAM: as many bytes as fit beside the buffers that disk blocks pass through."""
+        if sum(u.nbytes for u in units) <= self.hardware.ram:
+            return [True] * len(units)
+        sizes = sorted({self._arrival(u) for u in units})
+        step = max(1, len(sizes) // _MAX_RING_CANDIDATES)
+        candidates = [c for s in {*sizes[::step], *sizes[-1:]} if (c := self._with_staging(units, s)) is not None]
+        if not candidates:
+            raise self._refusal(units)
+        return max(candidates, key=lambda chosen: sum(u.nbytes for u, c in zip(units, chosen, strict=True) if c))
+
+    def _with_staging(self, units: Sequence[BlockSpec], staging: int) -> list[bool] | None:
+        """In RAM: all that `staging` bytes cannot pass, then what else fits, in module order."""
+        chosen = [self._arrival(u) > staging for u in units]
+        left = self.hardware.ram - staging - sum(u.nbytes for u, c in zip(units, chosen, strict=True) if c)
+        if left < 0:
+            return None
+        for i, unit in enumerate(units):
+            if not chosen[i] and unit.nbytes <= left:
+                chosen[i] = True
+                left -= unit.nbytes
+        return chosen
+
+    def _refusal(self, units: Sequence[BlockSpec]) -> BudgetError:
+        largest = max(units, key=self._arrival)
+        budgets = {**self.hardware.devices, CPU: self.hardware.ram}
+        allowed = ", ".join(f"{name}: {human_bytes(size)}" for name, size in budgets.items())
+        needed = self._arrival(largest)
+        return BudgetError(
+            f"No placement fits: {largest.name or 'the model itself'!r} alone needs {human_bytes(needed)} "
+            f"({needed} bytes) of memory while it runs, and the budgets are {allowed}. Raise max_memory on one device "
+            f"to more than that, or load in a smaller dtype."
+        )
+
+    def _placement(self, unit: BlockSpec, home: str) -> Placement:
+        if home not in (CPU, DISK):
+            return Placement(unit, home, home)
+        too_large = not self.on_cpu and self._arrival(unit) > self.limit
+        return Placement(unit, home, self.main, at_home=too_large or _gathers_at(unit, home, self.main))
+
+
+# ---------------------------------------------------------------- the plan as a whole
+
+
+def _finish(
+    spec: ModelSpec,
+    placements: list[Placement],
+    main: str,
+    hardware: Hardware,
+    offload_buffers: bool,
+    map_value: MapValue,
+) -> Plan:
+    placements = _borrowers_follow(placements, {**hardware.devices, CPU: hardware.ram})
+    ring = _rings(placements)
+    homes = {t.name: map_value(p.home_of(t.name)) for p in placements for t in p.block.tensors}
+    homes.update({name: homes[owner] for name, owner in spec.ties.items() if owner in homes})
+    device_map = _execution_device_first(compress(homes), map_value(main))
+    return Plan(
+        placements=tuple(placements),
+        device_map=device_map,
+        main_device=main,
+        budget={**hardware.devices, CPU: hardware.ram},
+        used=_used(placements, ring, offload_buffers),
+        ring=ring,
+        ties=dict(spec.ties),
+        offload_buffers=offload_buffers,
+    )
+
+
+def _borrowers_follow(placements: list[Placement], budget: Mapping[str, int]) -> list[Placement]:
+    """A block with no tensor of its own runs where the owner of what it borrows does, so that no copy is needed."""
+    owner = {t.name: p for p in placements for t in p.block.tensors}
+    followed = []
+    for placement in placements:
+        lender = next((owner[n] for n in placement.block.borrows if n in owner), None)
+        if lender is not None and not placement.block.tensors:
+            home, device = lender.home, lender.device
+            too_large = home != device != CPU and lender.block.nbytes > budget.get(device, lender.block.nbytes)
+            at_home = too_large or _gathers_at(placement.block, home, device)
+            placement = replace(placement, home=home, device=device, at_home=at_home)
+        followed.append(placement)
+    return followed
+
+
+def _rings(placements: Sequence[Placement]) -> dict[str, int]:
+    """Bytes of the largest arrival per device; what comes from disk to an accelerator passes through RAM."""
+    ring: dict[str, int] = {}
+    sizes = {t.name: t.nbytes for p in placements for t in p.block.tensors}
+    homes = {t.name: p.home_of(t.name) for p in placements for t in p.block.tensors}
+    for p in placements:
+        borrowed = 0 if p.at_home else sum(sizes[n] for n in p.block.borrows if homes.get(n, p.device) != p.device)
+        arriving = p.streamed_bytes + borrowed
+        ring[p.device] = max(ring.get(p.device, 0), arriving)
+        if p.device != CPU and DISK in (p.home, *p.exceptions.values()):
+            ring[CPU] = max(ring.get(CPU, 0), arriving)
+    return {device: size for device, size in ring.items() if size}
+
+
+def _used(placements: Sequence[Placement], ring: Mapping[str, int], offload_buffers: bool) -> dict[str, int]:
+    used = dict(ring)
+    for p in placements:
+        for tensor in p.block.tensors:
+            home = p.home_of(tensor.name)
+            if tensor.is_buffer and not offload_buffers:
+                home = p.device if home == DISK or not p.at_home else CPU
+            used[home] = used.get(home, 0) + tensor.nbytes
+    return used
+
+
+def compress(homes: Mapping[str, Any]) -> dict[str, Any]:
+    """The shortest map that sends every tensor where `homes` does: a module's name where all below it agree."""
+    values: dict[str, set[Any]] = {}
+    for name, home in homes.items():
+        for prefix in _prefixes(name):
+            values.setdefault(prefix, set()).add(home)
+    short: dict[str, Any] = {}
+    for name, home in homes.items():
+        highest = next(prefix for prefix in _prefixes(name) if len(values[prefix]) == 1)
+        short.setdefault(highest, home)
+    return short
+
+
+def _prefixes(name: str) -> list[str]:
+    return ["", *accumulate(name.split("."), "{}.{}".format)]
+
+
+def _execution_device_first(device_map: dict[str, Any], main: Any) -> dict[str, Any]:
+    """Libraries take a map's first value for the device to send inputs to: "disk" would not do."""
+    first = next((name for name, home in device_map.items() if home == main), None)
+    if first is None:
+        return {"": main, **device_map} if device_map else {"": main}
+    return {first: main, **device_map}
