@@ -12,6 +12,7 @@ all. Both concern the whole process: the hooks are in the libraries, not in a th
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 from collections.abc import Mapping
@@ -33,6 +34,7 @@ class _Layer:
 
 
 _layers: list[_Layer] = []
+_environment = settings.Settings()  # as it was when the plugin went on
 
 
 @dataclass(eq=False)
@@ -84,7 +86,51 @@ def enable(
     Raises DeviceMapError (a ValueError) for a budget or a variable that cannot be read; nothing is changed then.
     """
     overrides = settings.overrides(device_map, max_memory, offload_folder, explain)
+    with contextlib.ExitStack() as undo:
+        activation = undo.enter_context(_begin(overrides))
+        registry.install_loaders()  # imports modules, so not under the lock
+        undo.pop_all()
+    return activation
+
+
+def disable() -> None:
+    """End every `enable` in force, and put back all that was hooked. Harmless if there is none."""
     with _lock:
-        layer = _layers[-1] if _layers and _layers[-1].overrides == overrides else _Layer(overrides)
-        if layer.count == 0:
-            ...
+        _layers.clear()
+        _follow_layers()
+
+
+def is_enabled() -> bool:
+    """Whether any `enable` is in force."""
+    return bool(_layers)
+
+
+def load_ipython_extension(ipython: object) -> None:
+    """What `%load_ext hf_bigload` calls."""
+    enable()
+
+
+def unload_ipython_extension(ipython: object) -> None:
+    """What `%unload_ext hf_bigload` calls."""
+    disable()
+
+
+def _begin(overrides: dict[str, Any]) -> Activation:
+    global _environment
+    with _lock:
+        if not _layers:
+            _environment = settings.from_environment()
+        if not _layers or _layers[-1].overrides != overrides:
+            _layers.append(_Layer(overrides))
+        _layers[-1].count += 1
+        _follow_layers()
+        return Activation(_layers[-1])
+
+
+def _follow_layers() -> None:
+    if _layers:
+        settings.put_in_force(settings.layered(_environment, (layer.overrides for layer in _layers)))
+        registry.enable()
+    else:
+        settings.put_in_force(None)
+        registry.disable()

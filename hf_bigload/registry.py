@@ -28,7 +28,7 @@ from typing import Any, Protocol
 import wrapt
 
 from hf_bigload.errors import LoaderError
-from hf_bigload.seams import Installation, Provided, Seam, prepare
+from hf_bigload.seams import AnySeam, Installation, PropertySeam, Provided, Seam, prepare
 
 ENTRY_POINT_GROUP = "hf_bigload.loaders"
 
@@ -52,7 +52,7 @@ class Loader(Protocol):
     def trigger(self) -> str:
         """The module whose import makes the seams installable ("transformers.modeling_utils")."""
 
-    def seams(self) -> Sequence[Seam | Provided]:
+    def seams(self) -> Sequence[AnySeam]:
         """The functions to take over and the names to provide. Called once `trigger` is imported, never before."""
 
 
@@ -73,7 +73,7 @@ class BuiltinLoader:
         loader: Loader = pkgutil.resolve_name(self.target)()
         return loader
 
-    def seams(self) -> Sequence[Seam | Provided]:
+    def seams(self) -> Sequence[AnySeam]:
         return self.load().seams()
 
 
@@ -289,11 +289,11 @@ def _validate(loader: Any) -> None:
         raise _mismatch(loader, "seams", f"should be callable without arguments: {error}") from error
 
 
-def _checked_seams(loader: Loader) -> list[Seam | Provided]:
+def _checked_seams(loader: Loader) -> list[AnySeam]:
     seams = list(loader.seams())
     for seam in seams:
-        if not isinstance(seam, (Seam, Provided)):
-            raise _mismatch(loader, "seams", f"should return Seam and Provided values, but {seam!r} is among them")
+        if not isinstance(seam, (Seam, PropertySeam, Provided)):
+            raise _mismatch(loader, "seams", f"should return Seam, PropertySeam and Provided values, but {seam!r} is among them")
     return seams
 
 

@@ -85,6 +85,28 @@ class Provided:
         return _NameSite(importlib.import_module(self.module), self.name, self.value)
 
 
+@dataclass(frozen=True)
+class PropertySeam:
+    """A read-only property of a class to take over; `wrapper` is called as a `Seam`'s is, with no arguments."""
+
+    module: str
+    path: str
+    wrapper: Wrapper
+
+    def __str__(self) -> str:
+        return f"{self.module}:{self.path}"
+
+    def locate(self) -> _Site:
+        """Where to patch. Raises ImportError, AttributeError or TypeError if it is not as described."""
+        owner: Any = importlib.import_module(self.module)
+        *outer, name = self.path.split(".")
+        for part in outer:
+            owner = getattr(owner, part)
+        if not isinstance(inspect.getattr_static(owner, name), property):
+            raise TypeError(f"{self.path} is not a property any more")
+        return _PropertySite(owner, name, self.wrapper)
+
+
 class Installation:
     """Patches that belong together, in one library. Made by `prepare` or `install`, and used once."""
 
@@ -117,7 +139,10 @@ class Installation:
                 site.restore()
 
 
-def install(library: str, seams: Sequence[Seam | Provided]) -> Installation:
+AnySeam = Seam | PropertySeam | Provided
+
+
+def install(library: str, seams: Sequence[AnySeam]) -> Installation:
     """Check all of `seams`, then patch them: all or, with a `SeamMovedWarning`, none (an inactive installation).
 
     Raises LoaderError if one of them is installed already.
@@ -129,7 +154,7 @@ def install(library: str, seams: Sequence[Seam | Provided]) -> Installation:
     return installation
 
 
-def prepare(library: str, seams: Sequence[Seam | Provided]) -> Installation | None:
+def prepare(library: str, seams: Sequence[AnySeam]) -> Installation | None:
     """What `install` would do, not yet done. None, after a `SeamMovedWarning`, if a seam is not where it should be."""
     sites, moved = [], []
     for seam in seams:
@@ -262,3 +287,32 @@ class _NameSite:
         if self.provided and vars(self.module).get(self.name, _ABSENT) is self.value:
             delattr(self.module, self.name)
         self.provided = False
+
+
+class _PropertySite:
+    """One property, and the one to put in its place."""
+
+    def __init__(self, owner: Any, name: str, wrapper: Wrapper) -> None:
+        self.owner = owner
+        self.name = name
+        self.wrapper = wrapper
+        self.original: property | None = None
+        self.ours: property | None = None
+
+    def patch(self, installation: Installation) -> None:
+        original = self.original = inspect.getattr_static(self.owner, self.name)
+        wrapper = self.wrapper
+
+        def get(instance: Any) -> Any:
+            def wrapped() -> Any:
+                return original.__get__(instance, type(instance))
+
+            return wrapper(wrapped, instance, (), {}) if installation.active else wrapped()
+
+        self.ours = property(get, doc=original.__doc__)
+        setattr(self.owner, self.name, self.ours)
+
+    def restore(self) -> None:
+        if self.ours is not None and vars(self.owner).get(self.name) is self.ours:
+            setattr(self.owner, self.name, self.original)
+        self.ours = None

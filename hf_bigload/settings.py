@@ -14,7 +14,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -75,9 +75,8 @@ def overrides(
     return {name: value for name, value in given.items() if value is not None}
 
 
-def layered(layers: Iterable[Mapping[str, Any]]) -> Settings:
-    """The environment's settings with each of `layers` (as `overrides` makes them) over the one before."""
-    settings = from_environment()
+def layered(settings: Settings, layers: Iterable[Mapping[str, Any]]) -> Settings:
+    """`settings` with each of `layers` (as `overrides` makes them) over the one before."""
     for layer in layers:
         settings = replace(settings, **layer)
     return settings
@@ -88,7 +87,7 @@ def from_environment(environ: Mapping[str, str] = os.environ) -> Settings:
 
     Raises DeviceMapError (a ValueError) naming the variable that cannot be read.
     """
-    readers = {
+    readers: dict[str, Callable[[str], Any]] = {
         "device_map": parse_device_map,
         "max_memory": parse_max_memory,
         "offload_folder": str,
@@ -126,13 +125,13 @@ def parse_max_memory(text: str) -> dict[int | str, int]:
     """`max_memory` from a text such as "0=10GiB,cpu=30GiB", in bytes. Raises DeviceMapError naming the bad piece."""
     budgets: dict[int | str, int] = {}
     for piece in text.split(","):
-        key, equals, size = piece.partition("=")
+        name, equals, size = piece.partition("=")
         if not equals:
             raise DeviceMapError(f"max_memory {piece.strip()!r} is not KEY=SIZE, such as 0=10GiB or cpu=30GiB")
-        key, bytes_ = _budget(key.strip(), size.strip())
+        key, allowed = _budget(name.strip(), size.strip())
         if key in budgets:
             raise DeviceMapError(f"max_memory names {key!r} twice: {text!r}")
-        budgets[key] = bytes_
+        budgets[key] = allowed
     return budgets
 
 

@@ -74,7 +74,7 @@ def bin_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def shared_hub(folder: Path, bin_folder: Path) -> Iterator[EmbeddedHub]:
-    served = {T0PP: {"main": folder, "bin": bin_folder}, MINILM: minilm_folder(), GATED: folder}
+    served: dict[str, Any] = {T0PP: {"main": folder, "bin": bin_folder}, MINILM: minilm_folder(), GATED: folder}
     with EmbeddedHub(served, gated={GATED: {GRANTED}}) as hub:
         yield hub
 
@@ -364,10 +364,19 @@ class TestDemo:
     def test_it_succeeds_only_if_both_answers_are_equal(
         self, plain_answer: str, exit_code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        monkeypatch.setattr(demo, "run_card", lambda environment, max_memory: "Positive")
+        monkeypatch.setattr(demo, "run_card", lambda environment, max_memory: ("Positive", "encoder: disk"))
         monkeypatch.setattr(demo, "run_plain", lambda environment: plain_answer)
         assert demo.main([]) == exit_code
         assert ("answers differ" in capsys.readouterr().err) == bool(exit_code)
+
+    @pytest.mark.parametrize("plan", ["", "everything in RAM"])
+    def test_an_answer_without_a_plan_for_the_budget_is_a_failed_demo(
+        self, plan: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        monkeypatch.setattr(demo, "run_card", lambda environment, max_memory: ("Positive", plan))
+        monkeypatch.setattr(demo, "run_plain", lambda environment: "Positive")
+        assert demo.main([]) == 1
+        assert "did not load this model on its budget" in capsys.readouterr().err
 
     def test_a_card_that_fails_is_a_failed_demo(
         self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

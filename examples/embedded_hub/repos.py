@@ -206,7 +206,7 @@ def _write_weights(folder: Path, weights: Mapping[str, torch.Tensor], shards: in
         filename = f"{stem}-{number:05}-of-{shards:05}.{suffix}"
         _write_shard(folder / filename, shard)
         weight_map |= dict.fromkeys(shard, filename)
-    total = sum(tensor.nbytes for tensor in weights.values())
+    total = sum({tensor.data_ptr(): tensor.nbytes for tensor in weights.values()}.values())  # tied tensors once
     _write_json(folder / f"{stem}.{suffix}.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
@@ -247,8 +247,8 @@ library_name: transformers
 
 # T0pp, in miniature
 
-The layers of bigscience/T0pp at a hundredth of their width, with random weights: it loads and generates like the
-original, and knows nothing. It takes the place of the original where a test or a demonstration has to be quick.
+The architecture of bigscience/T0pp, but narrow and with random weights: it loads and generates like the original, and
+knows nothing. It takes the place of the original where a test or a demonstration has to be quick.
 
 ```python
 {_CARD_SCRIPT.read_text()}```

@@ -13,10 +13,10 @@ import struct
 import sys
 import zipfile
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeGuard
 
-from ..errors import CheckpointError, CorruptShardError, DtypeError, MissingShardError, human_bytes
-from ..specs import DTYPE_BYTES, TensorEntry
+from hf_bigload.errors import CheckpointError, CorruptShardError, DtypeError, MissingShardError, human_bytes
+from hf_bigload.specs import DTYPE_BYTES, TensorEntry
 
 if TYPE_CHECKING:
     import torch
@@ -156,7 +156,7 @@ def _header_entry(path: str, name: str, said: Any, data_start: int) -> TensorEnt
     return TensorEntry(name, path, data_start + begin, nbytes, dtype, tuple(shape))
 
 
-def _are_sizes(numbers: Any) -> bool:
+def _are_sizes(numbers: Any) -> TypeGuard[list[int]]:
     # type() and not isinstance(): JSON's `true` is an int to Python
     return isinstance(numbers, list) and all(type(number) is int and number >= 0 for number in numbers)
 
@@ -224,10 +224,11 @@ def read_bin(path: str) -> dict[str, TensorEntry] | None:
         CheckpointError: reading it would run code, or it holds no state dict.
     """
     members = _stored_members(path)
-    if members is None:
+    content = None if members is None else _load_on_meta(path)
+    if members is None or content is None:
         return None
     entries = {}
-    for name, value in _load_on_meta(path).items():
+    for name, value in content.items():
         if _is_tensor(value) and isinstance(name, str):
             entry = _bin_entry(path, name, value, members)
             if entry is None:
@@ -246,7 +247,7 @@ def _stored_members(path: str) -> dict[int, int] | None:
                 infos = archive.infolist()
                 orders = {archive.read(info) for info in infos if info.filename.endswith("/byteorder")}
             starts = [_member_start(file, info) for info in infos]
-        except (zipfile.BadZipFile, struct.error, OSError, ValueError, RuntimeError) as error:
+        except (zipfile.BadZipFile, struct.error, OSError, EOFError, ValueError, RuntimeError) as error:
             raise CorruptShardError(
                 f"{path} is a zip archive that is cut off or damaged: {error}. {DOWNLOAD_AGAIN}"
             ) from error
@@ -275,14 +276,17 @@ def _member_start(file: BinaryIO, info: zipfile.ZipInfo) -> int:
     return info.header_offset + ZIP_LOCAL_HEADER.size + name_bytes + extra_bytes
 
 
-def _load_on_meta(path: str) -> Mapping[Any, Any]:
+def _load_on_meta(path: str) -> Mapping[Any, Any] | None:
+    """What the file holds, tensors without their bytes; None where torch has no such form of them."""
     import torch
 
     try:
         content = torch.load(path, map_location="meta", weights_only=True)
+    except (NotImplementedError, AssertionError):  # the latter: offsets could not be inferred
+        return None
     except pickle.UnpicklingError as error:
         raise CheckpointError(_refusal(path, error)) from error
-    except (RuntimeError, ValueError, TypeError, KeyError, IndexError, EOFError, AttributeError) as error:
+    except Exception as error:  # a damaged pickle makes torch raise nearly anything
         raise CorruptShardError(f"{path} cannot be read by torch: {error}. {DOWNLOAD_AGAIN}") from error
     if not isinstance(content, Mapping):
         raise CheckpointError(
@@ -292,8 +296,8 @@ def _load_on_meta(path: str) -> Mapping[Any, Any]:
 
 
 def _refusal(path: str, error: pickle.UnpicklingError) -> str:
-    # torch's own message tells how to run the file's code; what stopped it is behind this word
-    reason = str(error).partition("WeightsUnpickler error:")[2].strip().partition("\n")[0] or str(error)
+    # torch wraps what stopped it in advice to run the file's code
+    reason = str(error.__context__ or error).strip().partition("\n")[0]
     return (
         f"{path} was not loaded, because its pickle is damaged or would run code: {reason} If you trust the file, load "
         "it once with torch.load(..., weights_only=False) and save the tensors alone, best with "

@@ -7,9 +7,9 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import PurePosixPath, PureWindowsPath
 
-from ..errors import CheckpointChangedError, CheckpointError, MissingShardError
-from ..specs import CheckpointIndex, FileStamp, TensorEntry
-from .formats import missing_shard, read_bin, read_safetensors
+from hf_bigload.checkpoint.formats import missing_shard, read_bin, read_safetensors
+from hf_bigload.errors import CheckpointChangedError, CheckpointError, MissingShardError
+from hf_bigload.specs import CheckpointIndex, FileStamp, TensorEntry
 
 SAFETENSORS_SUFFIX = ".safetensors"
 INDEX_SUFFIX = ".index.json"

@@ -14,10 +14,10 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 
-from ..errors import CheckpointError
-from ..specs import DTYPE_BYTES, FileStamp, TensorEntry
-from .formats import missing_shard
-from .index import check_stamp
+from hf_bigload.checkpoint.formats import missing_shard
+from hf_bigload.checkpoint.index import check_stamp
+from hf_bigload.errors import CheckpointError
+from hf_bigload.specs import DTYPE_BYTES, FileStamp, TensorEntry
 
 # Python names this flag from 3.13 on. Without it, a writable private mapping counts as memory in use, all of it.
 _NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else None)
@@ -54,7 +54,7 @@ class MappedFiles:
         dtype = getattr(torch, entry.dtype)
         if entry.nbytes == 0:
             return torch.empty(entry.shape, dtype=dtype)
-        mapped = self._map(entry.file)
+        mapped = self._map(entry.file, entry.end)
         if entry.end > len(mapped):
             raise CheckpointError(
                 f"{entry.file} has {len(mapped)} bytes; tensor {entry.name!r} needs those up to {entry.end}."
@@ -64,9 +64,10 @@ class MappedFiles:
         flat = torch.frombuffer(mapped, dtype=dtype, count=count, offset=entry.offset)
         return flat.view(entry.shape) if entry.stride is None else flat.as_strided(entry.shape, entry.stride)
 
-    def _map(self, path: str) -> mmap.mmap:
+    def _map(self, path: str, end: int) -> mmap.mmap:
+        """The file's mapping; a new one if `end` lies beyond it and the file has grown since (a spill file does)."""
         with self._lock:
-            if path not in self._maps:
+            if path not in self._maps or (end > len(self._maps[path]) and path not in self._stamps):
                 self._maps[path] = _map_privately(path, self._stamps.get(path))
             return self._maps[path]
 

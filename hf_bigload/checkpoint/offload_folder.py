@@ -57,7 +57,7 @@ def offload_weight(
     path = weight_file(offload_folder, weight_name)
     try:
         with _replacing(path) as file:
-            file.write(memoryview(data.numpy()))
+            file.write(data.numpy().data)
     except OSError as error:
         raise SpillError(_refused(weight_name, path, data.numel(), error)) from error
     if index is not None:
@@ -171,7 +171,7 @@ def read_tensor(entry: TensorEntry) -> torch.Tensor:
     try:
         with open(entry.file, "rb") as file:
             file.seek(entry.offset)
-            count = file.readinto(memoryview(buffer.numpy()))
+            count = file.readinto(buffer.numpy().data)
     except FileNotFoundError:
         raise missing_shard(entry.file) from None
     if count != entry.nbytes:
@@ -231,7 +231,7 @@ def _plain_bytes(weight: torch.Tensor, name: str) -> torch.Tensor:
         raise OffloadedWeightError(f"tensor {name!r} is on meta and has no bytes to offload: load it first")
     if is_traceable_wrapper_subclass(weight):
         raise QuantizedOffloadError(
-            f"tensor {name!r} is a {type(weight).__name__}, made of other tensors: keep it on a device, or offload those"
+            f"tensor {name!r} is a {type(weight).__name__}, made of other tensors: keep it on a device"
         )
     return weight.detach().cpu().resolve_conj().resolve_neg().reshape(-1).contiguous().view(torch.uint8)
 

@@ -7,6 +7,7 @@ of its own that hands the call to the hook. All three follow the module through 
 from __future__ import annotations
 
 import functools
+import itertools
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -140,12 +141,12 @@ def add_hook_to_module(module: ModuleT, hook: ModelHook, append: bool = False) -
     previous = getattr(module, "_hf_hook", None) if append else None
     if previous is None:
         remove_hook_from_module(module)
-    module = hook.init_hook(module)  # type: ignore[assignment]
-    module._hf_hook = hook if previous is None else SequentialHook(previous, hook)
-    if "_old_forward" not in module.__dict__:
-        module._old_forward = _current_forward(module)
-        module.forward = functools.update_wrapper(functools.partial(_hooked_forward, module), module._old_forward)
-    return module
+    hooked: Any = hook.init_hook(module)
+    hooked._hf_hook = hook if previous is None else SequentialHook(previous, hook)
+    if "_old_forward" not in vars(hooked):
+        hooked._old_forward = _current_forward(hooked)
+        hooked.forward = functools.update_wrapper(functools.partial(_hooked_forward, hooked), hooked._old_forward)
+    return hooked
 
 
 def remove_hook_from_module(module: ModuleT, recurse: bool = False) -> ModuleT:
@@ -204,7 +205,7 @@ class CpuOffload(ModelHook):
 
 
 class UserCpuOffloadHook:
-    """A model and its `CpuOffload` hook, for the person who runs the pipeline: `offload()` it, or `remove()` the hook."""
+    """A model and its `CpuOffload` hook, for whoever runs the pipeline: `offload()` the model, `remove()` the hook."""
 
     def __init__(self, model: nn.Module, hook: ModelHook) -> None:
         self.model = model
@@ -270,7 +271,7 @@ def attach_layerwise_casting_hooks(
         add_hook_to_module(layer, LayerwiseCastingHook(storage_dtype, compute_dtype, non_blocking), append=True)
 
 
-def _hooked_forward(module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
+def _hooked_forward(module: Any, /, *args: Any, **kwargs: Any) -> Any:
     return _call_through(module._hf_hook, module, module._old_forward, *args, **kwargs)
 
 
@@ -283,7 +284,7 @@ def _call_through(hook: ModelHook, module: nn.Module, forward: Forward, /, *args
 
 def _current_forward(module: nn.Module) -> Forward:
     """`module.forward`; of a graph module, one that follows its class when the graph is recompiled."""
-    if isinstance(module, fx.GraphModule) and "forward" not in module.__dict__:
+    if isinstance(module, fx.GraphModule) and "forward" not in vars(module):
         return functools.update_wrapper(functools.partial(_class_forward, module), module.forward)
     return module.forward
 
@@ -292,28 +293,27 @@ def _class_forward(module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
     return type(module).forward(module, *args, **kwargs)
 
 
-def _remove_hook(module: nn.Module) -> None:
-    if "_hf_hook" in module.__dict__:
+def _remove_hook(module: Any) -> None:
+    if "_hf_hook" in vars(module):
         module._hf_hook.detach_hook(module)  # first: if it raises, the module is still hooked, and works
         del module._hf_hook
-    if "_old_forward" in module.__dict__:
-        module.forward = module.__dict__.pop("_old_forward")
+    if "_old_forward" in vars(module):
+        module.forward = vars(module).pop("_old_forward")
         _drop_needless_forward(module)
     for name in GUARDED_METHODS:
-        module.__dict__.pop(name, None)
+        vars(module).pop(name, None)
 
 
 def _drop_needless_forward(module: nn.Module) -> None:
     """Let the class speak for itself again where the instance's `forward` is no more than the class's."""
-    forward = module.__dict__["forward"]
+    forward = module.forward
     of_class = getattr(forward, "__func__", None) is type(module).forward
     if of_class or getattr(forward, "func", None) is _class_forward:
-        del module.__dict__["forward"]
+        del vars(module)["forward"]
 
 
 def _first_device(module: nn.Module) -> torch.device | None:
-    tensor = next(module.parameters(), None)
-    tensor = next(module.buffers(), None) if tensor is None else tensor
+    tensor = next(itertools.chain(module.parameters(), module.buffers()), None)
     return None if tensor is None else tensor.device
 
 

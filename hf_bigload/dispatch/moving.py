@@ -7,7 +7,7 @@ data that already lies where it should comes back as the very same object.
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -54,7 +54,7 @@ def _send(data: Any, device: torch.device, non_blocking: bool, skipped: Collecti
         return data if all(moved[k] is v for k, v in data.items()) else _like_mapping(data, moved)
     if isinstance(data, (list, tuple)):
         items = [_send(item, device, non_blocking, skipped) for item in data]
-        return data if all(new is old for new, old in zip(items, data)) else _like_sequence(data, items)
+        return data if all(new is old for new, old in zip(items, data, strict=True)) else _like_sequence(data, items)
     return data
 
 
@@ -87,3 +87,16 @@ def _like_sequence(original: list[Any] | tuple[Any, ...], items: list[Any]) -> A
     if isinstance(original, tuple) and hasattr(original, "_fields"):
         return type(original)(*items)
     return type(original)(items)
+
+
+def map_tensors(function: Callable[[torch.Tensor], torch.Tensor], data: Any) -> Any:
+    """`data` with `function` applied to every tensor in it; the same object if none changed."""
+    if isinstance(data, torch.Tensor):
+        return function(data)
+    if isinstance(data, Mapping):
+        mapped = {key: map_tensors(function, value) for key, value in data.items()}
+        return data if all(mapped[key] is value for key, value in data.items()) else _like_mapping(data, mapped)
+    if isinstance(data, (list, tuple)):
+        items = [map_tensors(function, item) for item in data]
+        return data if all(new is old for new, old in zip(items, data)) else _like_sequence(data, items)
+    return data

@@ -53,27 +53,35 @@ def _register() -> None:
 
 
 @contextmanager
-def devices(capacities: Sequence[int | None], others: int | None = None) -> Iterator[ModuleType]:
-    """Devices 0, 1, ... have these capacities inside, and peaks and copy counters start from zero.
+def devices(capacities: Sequence[int | None], *, hide_others: bool = False) -> Iterator[ModuleType]:
+    """Devices 0, 1, ... have these capacities inside, and every device's peak and the copy counters start from zero.
 
     Args:
-        capacities: bytes for each device, None for unlimited.
-        others: bytes for each device beyond those; 0 keeps a planner away from them.
+        capacities: bytes for each device, None for unlimited; devices beyond those are unlimited.
+        hide_others: let `torch.accelerator.device_count()` answer `len(capacities)`.
 
     Yields:
-        `torch.sim`. Afterwards every device is unlimited again.
+        `torch.sim`. Afterwards all devices are there, and unlimited, again.
+
+    Raises:
+        ValueError: there are more capacities than devices.
     """
     sim = load()
-    wanted = [*capacities, *[others] * (sim.device_count() - len(capacities))]
-    _reset(wanted)
+    if len(capacities) > sim.device_count():
+        raise ValueError(f"{len(capacities)} capacities for {sim.device_count()} devices: raise SIM_DEVICE_COUNT")
+    unlimited = [None] * sim.device_count()
+    _reset([*capacities, *unlimited[len(capacities) :]])
+    sim.set_visible_count(len(capacities) if hide_others else None)
     try:
         yield sim
     finally:
-        _reset([None] * len(wanted))
+        sim.set_visible_count(None)
+        _reset(unlimited)
 
 
 def _reset(capacities: Sequence[int | None]) -> None:
-    gc.collect()  # what only a reference cycle keeps alive would count against the next test
+    if any(map(device_module.memory_allocated, range(len(capacities)))):
+        gc.collect()  # what only a reference cycle keeps alive would count against the next test
     device_module.empty_cache()
     device_module.reset_copies()
     for index, capacity in enumerate(capacities):

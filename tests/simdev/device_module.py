@@ -18,6 +18,8 @@ from torch import accelerator
 Device: TypeAlias = torch.device | str | int | None
 
 _sim = torch.ops.sim
+_hardware_count = torch._C._accelerator_hooks_device_count
+_visible_count: int | None = None
 
 
 def _index(device: Device = None) -> int:
@@ -40,6 +42,14 @@ def set_capacity(device: Device, nbytes: int | None) -> None:
     An allocation beyond it raises `torch.OutOfMemoryError`.
     """
     _sim.set_capacity(_index(device), nbytes)
+
+
+def set_visible_count(count: int | None) -> None:
+    """Let `device_count`, and so `torch.accelerator.device_count`, answer less than there are; None shows all."""
+    global _visible_count
+    if count is not None and not 0 <= count <= _hardware_count():
+        raise ValueError(f"there are {_hardware_count()} simulated devices (SIM_DEVICE_COUNT), {count} cannot be shown")
+    _visible_count = count
 
 
 def set_async(on: bool) -> None:
@@ -72,7 +82,7 @@ def pinned_bytes() -> int:
 
 def copied_bytes(device: Device = None) -> CopiedBytes:
     """What copies have moved since `reset_copies`, from and to one device; None stands for all of them together."""
-    devices = range(device_count()) if device is None else [_index(device)]
+    devices = range(_hardware_count()) if device is None else [_index(device)]
     return CopiedBytes(*map(sum, zip(*(_sim.copied_bytes(index) for index in devices), strict=True)))
 
 
@@ -120,10 +130,14 @@ class StreamContext:
 stream = StreamContext
 current_device = accelerator.current_device_index
 set_stream = accelerator.set_stream
-# Not accelerator.device_count, which is 0 in a process that torch thinks was forked badly.
-device_count = torch._C._accelerator_hooks_device_count
 _exchange_device = torch._C._accelerator_exchangeDevice
 _maybe_exchange_device = torch._C._accelerator_maybeExchangeDevice
+
+
+def device_count() -> int:
+    """The devices that `set_visible_count` shows, else all of them."""
+    # Not accelerator.device_count: that asks this function.
+    return _hardware_count() if _visible_count is None else _visible_count
 
 
 def is_available() -> bool:
@@ -154,7 +168,7 @@ def current_stream(device: Device = None) -> torch.Stream:
 
 
 def default_stream(device: Device = None) -> torch.Stream:
-    kind = int(torch._C._autograd.DeviceType.PrivateUse1)
+    kind = torch._C._autograd.DeviceType.PrivateUse1.value
     return torch.Stream(stream_id=0, device_index=_index(device), device_type=kind)
 
 
@@ -227,10 +241,6 @@ def manual_seed_all(seed: int) -> None:
 
 
 manual_seed = manual_seed_all
-
-
-def seed_all() -> None:
-    manual_seed_all(torch.initial_seed())
 
 
 def get_rng_state(device: Device = None) -> torch.Tensor:

@@ -105,7 +105,6 @@ Event record_event(StreamKey stream) {
   Lock lock(mutex());
   auto& state = all().states[stream];
   Event event{stream, state.position, state.seen, 0};
-  join(event.clock, all().host_seen);  // the host had waited for those before it recorded
   event.clock[stream] = state.position;
   auto now = std::chrono::steady_clock::now().time_since_epoch();
   event.milliseconds = std::chrono::duration<double, std::milli>(now).count();

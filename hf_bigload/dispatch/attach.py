@@ -1,0 +1,298 @@
+"""Make a placed model run: a hook on each block that needs one, and guards on what moves the whole model."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import DoesNotFitError, human_bytes
+from ..hardware import free_by_accelerator, free_ram, map_value, torch_device
+from ..skeleton import gathers
+from ..specs import CPU, DISK, Placement, Plan
+from .executor import CPU_DEVICE, Executor, Stats, unwatch, watch
+from .hooks import Forward, ModelHook, SequentialHook, add_hook_to_module, remove_hook_from_module
+from .moving import find_device, send_to_device
+
+ATTRIBUTE = "_hf_bigload"
+"""Where a dispatched model keeps its `Attachment`."""
+
+_MOVERS = ("to", "cpu", "cuda", "xpu", "mps", "npu", "mlu")
+
+
+@dataclass(eq=False)
+class Attachment:
+    """What makes a model run over its plan: kept on the model, copied with it."""
+
+    plan: Plan
+    executor: Executor
+    keep_alive: tuple[Any, ...] = ()
+    """What the weights at rest depend on (a folder of converted copies, say)."""
+
+    @property
+    def stats(self) -> Stats:
+        return self.executor.machine.stats
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Attachment:
+        return Attachment(self.plan, self.executor.__deepcopy__(memo))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _nothing, ()  # a pickled model is unpickled as a plain one
+
+
+def _nothing() -> None:
+    return None
+
+
+def attachment_of(model: nn.Module) -> Attachment | None:
+    """The attachment of a dispatched model, or None."""
+    return model.__dict__.get(ATTRIBUTE)
+
+
+class AlignDevicesHook(ModelHook):
+    """Runs a module where the plan says: weights come, inputs come, and what was borrowed goes back.
+
+    The name is the one libraries look for; the attributes they read are `execution_device`, `offload`, `io_same_device`
+    and `skip_keys`.
+    """
+
+    def __init__(
+        self,
+        executor: Executor | None = None,
+        device: torch.device = CPU_DEVICE,
+        whole: bool | None = None,
+        at_home: bool = False,
+        moves: bool = False,
+        skip_keys: Sequence[str] = (),
+        offload: bool = False,
+        io_same_device: bool = True,
+    ) -> None:
+        self.executor, self.device = executor, device
+        self.whole = whole
+        """True: leases everything below the module. False: only its own tensors. None: leases nothing."""
+        self.at_home, self.moves, self.offload = at_home, moves, offload
+        self.skip_keys = list(skip_keys)
+        self.io_same_device = io_same_device
+
+    @property
+    def execution_device(self) -> torch.device:
+        return self.device
+
+    def __repr__(self) -> str:
+        return f"AlignDevicesHook(execution_device={self.device}, offload={self.offload})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ModelHook, ()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> AlignDevicesHook:
+        copied = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        copied.__dict__.update(self.__dict__)
+        if self.executor is not None:
+            copied.executor = memo.get(id(self.executor)) or self.executor.__deepcopy__(memo)
+        return copied
+
+    def init_hook(self, module: nn.Module) -> nn.Module:
+        if self.executor is not None and self.executor.watching:
+            watch(module, self.executor)
+        return module
+
+    def detach_hook(self, module: nn.Module) -> nn.Module:
+        for owner in module.modules() if self.whole else (module,):
+            unwatch(owner)
+        return module
+
+    def run(self, module: nn.Module, forward: Forward, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        if self.executor is None:
+            return forward(*args, **kwargs)
+        runs_on = CPU_DEVICE if self.at_home else self.device
+        outputs_to = self._outputs_to(module, args, kwargs)
+        tensors = [] if self.whole is None else self.executor.tensors(module, self.whole)
+        scope = self.executor.enter(tensors, runs_on, self.at_home)
+        try:
+            if self.moves:
+                args = send_to_device(args, runs_on)
+                kwargs = send_to_device(kwargs, runs_on, skip_keys=self.skip_keys)
+            with scope.guard():
+                output = forward(*args, **kwargs)
+            output = scope.keep(output)
+        finally:
+            scope.leave()
+        return output if outputs_to is None else send_to_device(output, outputs_to, skip_keys=self.skip_keys)
+
+    def _outputs_to(self, module: nn.Module, args: Any, kwargs: Any) -> torch.device | None:
+        """Back to where the caller is, for the outermost module; a table's rows to the module that adds to them."""
+        if not self.moves:
+            return None
+        assert self.executor is not None
+        outside = self.executor.scope_device()
+        if outside is None:
+            return find_device([args, kwargs])
+        if gathers(module):
+            return outside
+        return self.device if self.at_home else None
+
+
+def attach(
+    model: nn.Module,
+    plan: Plan,
+    executor: Executor,
+    skip_keys: Sequence[str] = (),
+    keep_alive: tuple[Any, ...] = (),
+    force_hooks: bool = False,
+) -> nn.Module:
+    """Hook every block of `model` that does not simply run where it is, and remember the plan on the model.
+
+    A model that rests whole on one device gets no hooks (unless `force_hooks`): it is a plain module.
+    """
+    model.hf_device_map = dict(plan.device_map)
+    if len(plan.devices) == 1 and not plan.streams and not force_hooks:
+        return model
+    moves = force_hooks or any(device not in (CPU, DISK) for device in plan.devices)
+    hook = functools.partial(AlignDevicesHook, executor, moves=moves, skip_keys=skip_keys)
+    _hook_blocks(model, plan, hook, moves)
+    if moves:
+        _hook_containers(model, plan, hook)
+    setattr(model, ATTRIBUTE, Attachment(plan, executor, keep_alive))
+    _guard(model)
+    return model
+
+
+def _hook_blocks(model: nn.Module, plan: Plan, hook: Any, moves: bool) -> None:
+    streamed = {t.name for p in plan.placements for t in p.block.tensors if p.home_of(t.name) != p.device}
+    for placement in plan.placements:
+        leases = bool(placement.streamed_bytes) or any(name in streamed for name in placement.block.borrows)
+        if not (moves or leases or placement.at_home):
+            continue
+        block_hook = hook(
+            device=torch_device(placement.device),
+            whole=placement.block.whole,
+            at_home=placement.at_home,
+            offload=leases,
+        )
+        add_hook_to_module(model.get_submodule(placement.block.name), block_hook, append=True)
+
+
+def _hook_containers(model: nn.Module, plan: Plan, hook: Any) -> None:
+    """What lies above blocks runs on the device of its first block, where its inputs and masks are then made."""
+    first: dict[str, Placement] = {}
+    blocks = {p.block.name for p in plan.placements}
+    for placement in plan.placements:
+        path = placement.block.name
+        while path:
+            path = path.rpartition(".")[0]
+            first.setdefault(path, placement)
+    for path, placement in first.items():
+        module = model.get_submodule(path)
+        if path not in blocks and type(module).forward is not nn.Module.forward:
+            add_hook_to_module(module, hook(device=torch_device(placement.device)), append=True)
+
+
+# ---------------------------------------------------------------- moving a dispatched model
+
+
+def _guard(model: nn.Module) -> None:
+    """`model.to(...)` and its kin act on a dispatched model as on a resident one, or refuse before anything moves."""
+    for name in _MOVERS:
+        if hasattr(type(model), name):
+            model.__dict__[name] = functools.partial(_move, model, name)
+    model.register_state_dict_post_hook(_give_homes)
+
+
+def _unguard(model: nn.Module) -> None:
+    for name in _MOVERS:
+        model.__dict__.pop(name, None)
+
+
+def _give_homes(model: nn.Module, state_dict: dict[str, Any], prefix: str, _metadata: Any) -> None:
+    """A state dict holds weights at rest, never a slot that another thread's forward is using."""
+    attachment = attachment_of(model)
+    if attachment is None:
+        return
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        given = state_dict.get(prefix + name)
+        if isinstance(given, torch.Tensor) and not isinstance(given, nn.Parameter):
+            home = attachment.executor.home(parameter)
+            if given.data_ptr() != home.data_ptr():
+                state_dict[prefix + name] = home
+
+
+def _move(model: nn.Module, method: str, *args: Any, **kwargs: Any) -> nn.Module:
+    original = getattr(type(model), method).__get__(model)
+    if attachment_of(model) is None:
+        return original(*args, **kwargs)
+    device = _target(method, args, kwargs)
+    if device is not None:
+        settle(model, device)
+    return original(*args, **kwargs)
+
+
+def _target(method: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.device | None:
+    if method == "to":
+        return torch._C._nn._parse_to(*args, **kwargs)[0]
+    if method == CPU:
+        return CPU_DEVICE
+    index = args[0] if args else kwargs.get("device")
+    return torch.device(index) if isinstance(index, torch.device | str) else torch.device(method, index or 0)
+
+
+def settle(model: nn.Module, device: torch.device) -> None:
+    """Bring all of a dispatched model to `device` and take its hooks off: a plain resident model from then on.
+
+    Raises:
+        DoesNotFitError: the device has too little free memory; nothing was moved.
+    """
+    attachment = attachment_of(model)
+    assert attachment is not None
+    tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    coming = [t for t in tensors.values() if t.device != device or t in attachment.executor.on_disk]
+    _check_room(coming, device)
+    detach(model)
+    with torch.inference_mode(False), torch.no_grad():
+        for tensor in coming:
+            tensor.data = tensor.data.to(device, copy=True)
+    model.hf_device_map = {"": map_value(str(device))}
+
+
+def _check_room(coming: Sequence[torch.Tensor], device: torch.device) -> None:
+    needed = sum(t.numel() * t.element_size() for t in coming)
+    free = free_ram() if device.type == "cpu" else free_by_accelerator().get(str(device), needed)
+    if needed > free:
+        largest = max(t.numel() * t.element_size() for t in coming)
+        raise DoesNotFitError(
+            f"The model cannot move to {device}: {human_bytes(needed)} of weights would have to come (the largest has "
+            f"{human_bytes(largest)}), and {human_bytes(free)} are free there. Nothing was moved. Keep the model "
+            "offloaded, or load it in a smaller dtype."
+        )
+
+
+def detach(model: nn.Module) -> None:
+    """Take the hooks off and forget the plan. Weights stay where they rest, and stay readable."""
+    attachment = attachment_of(model)
+    if attachment is None:
+        return
+    for module in model.modules():
+        _remove_ours(module)
+        unwatch(module)
+    _unguard(model)
+    del model.__dict__[ATTRIBUTE]
+    attachment.executor.forget()
+    attachment.executor.machine.close()
+
+
+def _remove_ours(module: nn.Module) -> None:
+    """Remove the dispatch's hook, and keep the hooks that people added themselves."""
+    hook = getattr(module, "_hf_hook", None)
+    if hook is None:
+        return
+    hooks = hook.hooks if isinstance(hook, SequentialHook) else (hook,)
+    theirs = [h for h in hooks if not isinstance(h, AlignDevicesHook)]
+    if len(theirs) == len(hooks):
+        return
+    remove_hook_from_module(module)
+    for kept in theirs:
+        add_hook_to_module(module, kept, append=True)

@@ -1,0 +1,199 @@
+"""The stages in order: a request and a skeleton become a spec, a plan, weights at rest, and a model that runs.
+
+A loader calls `plan_model`, then loads through `Materializer`, then calls `dispatch`. Each stage takes what the one
+before returned; this is the one file that names them all.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from . import hardware, report, settings
+from .checkpoint.index import open_checkpoint
+from .checkpoint.reader import Reader
+from .device_map import missing_from, normalize_devices, resolve
+from .dispatch.attach import Attachment, attach, attachment_of, detach
+from .dispatch.executor import Executor, Machine, Stats
+from .errors import DeviceMapError
+from .hardware import torch_device
+from .materialize import Materializer
+from .planner import STRATEGIES, follow_map, make_plan
+from .skeleton import LoadedAs, model_spec
+from .specs import CPU, DISK, LoadRequest, ModelSpec, Plan
+
+logger = logging.getLogger(__name__)
+
+
+def plan_model(
+    model: nn.Module,
+    request: LoadRequest,
+    ties: Mapping[str, str] | None = None,
+    loaded_as: LoadedAs | None = None,
+) -> Plan:
+    """Where every tensor of `model` (on meta or not) will rest and run.
+
+    Raises:
+        DeviceMapError: the request's device map names an unknown device, or leaves parameters without one.
+        BudgetError: no placement keeps the budgets.
+    """
+    spec = model_spec(model, request.no_split, ties, loaded_as)
+    max_memory = request.max_memory if request.max_memory is not None else settings.current().max_memory
+    budget = hardware.probe(max_memory)
+    if isinstance(request.device_map, str) and request.device_map in STRATEGIES:
+        plan = make_plan(spec, budget, request.device_map, request.offload_buffers, hardware.map_value)
+    else:
+        plan = _follow(model, spec, request, budget)
+    if settings.current().explain:
+        print(report.plan_table(plan, type(model).__name__), file=sys.stderr)
+    return plan
+
+
+def _follow(model: nn.Module, spec: ModelSpec, request: LoadRequest, budget: Any) -> Plan:
+    device_map = {k: hardware.device_name(v) for k, v in normalize_devices(as_map(request.device_map)).items()}
+    _check_covered(spec, device_map)
+    placed = [name for name in dict.fromkeys(device_map.values()) if name not in (CPU, DISK)]
+    main = hardware.device_name(request.main_device) if request.main_device is not None else next(iter(placed), CPU)
+    plan = follow_map(
+        spec, lambda name: resolve(device_map, name), main, budget, request.offload_buffers, hardware.map_value
+    )
+    _warn_unknown_modules(model, device_map)
+    return plan
+
+
+def as_map(device_map: Any) -> dict[str, Any]:
+    """A device, an index or a map, as a map."""
+    return dict(device_map) if isinstance(device_map, Mapping) else {"": device_map}
+
+
+def _check_covered(spec: ModelSpec, device_map: Mapping[str, str]) -> None:
+    names = [t.name for block in spec.blocks for t in block.tensors]
+    missing = missing_from(device_map, names)
+    if missing:
+        raise DeviceMapError(
+            f"The device_map gives no device for {len(missing)} of {len(names)} tensors: {', '.join(missing[:20])}"
+            f"{', ...' if len(missing) > 20 else ''}. Add the modules they are in, or an entry '' for the rest."
+        )
+
+
+def _warn_unknown_modules(model: nn.Module, device_map: Mapping[str, str]) -> None:
+    known = {name for name, _ in model.named_modules(remove_duplicate=False)}
+    known |= {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    known |= {name for name, _ in model.named_buffers(remove_duplicate=False)}
+    unknown = [name for name in device_map if name and name not in known]
+    if unknown:
+        logger.warning("The device_map names modules that the model does not have: %s", ", ".join(unknown))
+
+
+def dispatch(
+    model: nn.Module,
+    plan: Plan,
+    materializer: Materializer | None = None,
+    skip_keys: Sequence[str] = (),
+    force_hooks: bool = False,
+) -> nn.Module:
+    """Make `model`, whose weights rest where `plan` says, run over it."""
+    _settle_buffers(model, plan)
+    rings = {torch_device(name): size for name, size in plan.ring.items()}
+    reader = materializer.reader if materializer is not None else Reader()
+    moves = any(name not in (CPU, DISK) for name in plan.devices)
+    executor = Executor(Machine(reader, rings), plan.offload_buffers, watching=moves and _several_places(plan))
+    if materializer is not None:
+        materializer.register(executor, (*model.parameters(), *model.buffers()))
+    keep_alive = () if materializer is None else materializer.keep_alive
+    return attach(model, plan, executor, skip_keys, keep_alive, force_hooks)
+
+
+def _several_places(plan: Plan) -> bool:
+    return len(plan.devices) > 1
+
+
+def _settle_buffers(model: nn.Module, plan: Plan) -> None:
+    """Buffers that no checkpoint holds were made somewhere: bring them to where they are computed with."""
+    if plan.offload_buffers:
+        return
+    for placement in plan.placements:
+        device = torch_device(CPU if placement.at_home else placement.device)
+        for spec in placement.block.tensors:
+            if not spec.is_buffer:
+                continue
+            owner, _, leaf = spec.name.rpartition(".")
+            module = model.get_submodule(owner)
+            buffer = module._buffers.get(leaf)
+            if buffer is not None and buffer.device.type != "meta" and buffer.device != device:
+                module._buffers[leaf] = buffer.to(device)
+
+
+# ---------------------------------------------------------------- what a user asks about a model
+
+
+@dataclass(frozen=True, eq=False)
+class Inspection:
+    """What hf_bigload knows of a model it dispatched."""
+
+    model: nn.Module
+    attachment: Attachment
+
+    @property
+    def plan(self) -> Plan:
+        return self.attachment.plan
+
+    @property
+    def stats(self) -> Stats:
+        """Bytes moved so far."""
+        return self.attachment.stats
+
+    def explain(self) -> str:
+        """The plan as a table for a terminal."""
+        return report.plan_table(self.plan, type(self.model).__name__)
+
+    def close(self) -> None:
+        """Take the hooks off and give the ring back; the weights stay where they rest, readable there."""
+        detach(self.model)
+
+
+def inspect(model: nn.Module) -> Inspection:
+    """The plan and the counters of a dispatched model.
+
+    Raises:
+        ValueError: `model` has no attachment: it was not loaded through hf_bigload, or rests whole on one device.
+    """
+    attachment = attachment_of(model)
+    if attachment is None:
+        raise ValueError(
+            f"{type(model).__name__} has no plan: it was not loaded with a device_map while hf_bigload was enabled, or "
+            "it rests whole on one device and runs as a plain module."
+        )
+    return Inspection(model, attachment)
+
+
+def plan(model: nn.Module, device_map: Any = "auto", max_memory: Any = None, **options: Any) -> Plan:
+    """The plan that `device_map` and `max_memory` would give `model`, which may be on the meta device.
+
+    `options` are the other fields of `specs.LoadRequest`.
+    """
+    return plan_model(model, LoadRequest(device_map=device_map, max_memory=max_memory, **options))
+
+
+def estimate(model: nn.Module | str | os.PathLike[str]) -> dict[str, int]:
+    """Bytes of weights, by top-level part, of a model or of a checkpoint's files; "" is the whole. Reads headers only."""
+    if isinstance(model, nn.Module):
+        sizes = {t.name: t.nbytes for block in model_spec(model).blocks for t in block.tensors}
+    else:
+        sizes = {name: entry.nbytes for name, entry in open_checkpoint(model).entries.items()}
+    return _by_part(sizes)
+
+
+def _by_part(sizes: Mapping[str, int]) -> dict[str, int]:
+    parts = {"": sum(sizes.values())}
+    for name, size in sizes.items():
+        part = name.partition(".")[0]
+        parts[part] = parts.get(part, 0) + size
+    return parts
+
