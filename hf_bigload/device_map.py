@@ -402,7 +402,7 @@ class _Allocation:
             self._place(together)
         elif self._splits_tied(node, together[1:], room) or self._splits(node) or self._falls_back(node, size):
             pass
-        elif size > self.budgets[self._device]:
+        elif self._can_never_be_here(together):
             self._say(f"{node.name} ({size} bytes) is larger than {self._device}: left for a later device")
             self._too_large.append(node)
         else:
@@ -463,6 +463,11 @@ class _Allocation:
                 each.device = self._device
             if self._streamed is not None:
                 self._streamed.forget(node.first, node.end)
+
+    def _can_never_be_here(self, together: Sequence[_Node]) -> bool:
+        """Whether the first of these, with the least of the others that could come along, exceeds the whole budget."""
+        least = sum(each.size for each in together[1:] if not each.children)
+        return together[0].size + least > self.budgets[self._device]
 
     def _splits_tied(self, node: _Node, tied: Sequence[_Node], room: int | float) -> bool:
         """Where `node` alone would fit: split the first of its tied modules that can be, to bring less along."""

@@ -182,7 +182,7 @@ def plan(model: nn.Module, device_map: Any = "auto", max_memory: Any = None, **o
 
 
 def estimate(model: nn.Module | str | os.PathLike[str]) -> dict[str, int]:
-    """Bytes of weights, by top-level part, of a model or of a checkpoint's files; "" is the whole. Reads headers only."""
+    """Bytes of weights by top-level part ("" is the whole) of a model, or of a checkpoint from its headers."""
     if isinstance(model, nn.Module):
         sizes = {t.name: t.nbytes for block in model_spec(model).blocks for t in block.tensors}
     else:

@@ -19,7 +19,7 @@ from .dispatch.executor import Executor
 from .dispatch.residency import DiskResident
 from .errors import DtypeError
 from .hardware import torch_device
-from .specs import CPU, DISK, CheckpointIndex, FileStamp, Placement, Plan, TensorEntry
+from .specs import CPU, DISK, FileStamp, Placement, Plan, TensorEntry
 
 PHASE = 64
 """Bytes: the modulus of the addresses that CPU kernels look at."""
@@ -40,12 +40,20 @@ class Materializer:
         stamps: Mapping[str, FileStamp] | None = None,
         offload_folder: str | None = None,
     ) -> None:
-        self.plan = plan
+        self.follow(plan)
         self.stamp(stamps)
         self._offload_folder = offload_folder
         self._spill: SpillFolder | None = None
-        self._homes = _homes(plan)
         self._entries: dict[int, tuple[torch.Tensor, TensorEntry]] = {}
+
+    def follow(self, plan: Plan) -> None:
+        """Place what comes from now on by `plan`."""
+        self.plan = plan
+        self._homes = _homes(plan)
+
+    def rests_on_disk(self, tensor: torch.Tensor) -> bool:
+        """Whether this tensor's data is a mapped view that this object made, so that it may stream from its file."""
+        return tensor.data_ptr() in self._entries
 
     def stamp(self, stamps: Mapping[str, FileStamp] | None) -> None:
         """Read from the files that these stamps describe, and from no other that takes their place."""

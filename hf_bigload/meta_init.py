@@ -84,8 +84,8 @@ def _registrations(device: torch.device) -> Iterator[None]:
     previous = getattr(_building, "device", None)
     _building.device = device
     hooks = [
-        register_module_parameter_registration_hook(_register_parameter),
-        register_module_buffer_registration_hook(_register_buffer),
+        register_module_parameter_registration_hook(_register_parameter),  # type: ignore[arg-type]
+        register_module_buffer_registration_hook(_register_buffer),  # type: ignore[arg-type]
     ]
     plain_setattr = nn.Module.__setattr__
 

@@ -173,18 +173,23 @@ class _Offload:
         self.sizes = {t.name: t.nbytes for block in spec.blocks for t in block.tensors}
         leaves = [leaf for block in spec.blocks for leaf in (block.parts or (block,))]
         self.read_whole = {name for leaf in leaves if not leaf.gathers for name in leaf.borrows}
-        self.units = tuple(u for block in spec.blocks for u in self._cut(block))
+        self.units = self._cut(self.limit)
 
     def placements(self) -> list[Placement]:
-        homes = (None,) * len(self.units) if self.on_cpu else self._best_ring().homes
-        return self._below(list(homes))
+        if self.on_cpu:
+            return self._below([None] * len(self.units))
+        try:
+            return self._below(list(self._best_ring().homes))
+        except BudgetError:  # what comes from disk passes through RAM: whole blocks may be too large for that
+            self.units = self._cut(min(self.limit, self.hardware.ram))
+            return self._below(list(self._best_ring().homes))
 
-    def _cut(self, block: BlockSpec) -> Iterator[BlockSpec]:
-        """The block, or its leaves where the execution device cannot hold it even alone."""
-        if block.whole and self._arrival(block) > self.limit:
-            yield from block.parts
-        else:
-            yield block
+    def _cut(self, limit: int) -> tuple[BlockSpec, ...]:
+        """The blocks, or the leaves of those that need more than `limit` bytes at once."""
+        units: list[BlockSpec] = []
+        for block in self.spec.blocks:
+            units += block.parts if block.whole and self._arrival(block) > limit else (block,)
+        return tuple(units)
 
     def _arrival(self, unit: BlockSpec) -> int:
         """Bytes that must be on the device at once for `unit` to run, if nothing of it is resident there."""

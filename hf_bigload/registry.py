@@ -293,7 +293,8 @@ def _checked_seams(loader: Loader) -> list[AnySeam]:
     seams = list(loader.seams())
     for seam in seams:
         if not isinstance(seam, (Seam, PropertySeam, Provided)):
-            raise _mismatch(loader, "seams", f"should return Seam, PropertySeam and Provided values, but {seam!r} is among them")
+            wanted = "Seam, PropertySeam and Provided values"
+            raise _mismatch(loader, "seams", f"should return {wanted}, but {seam!r} is among them")
     return seams
 
 

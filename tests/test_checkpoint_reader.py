@@ -17,6 +17,7 @@ import traceback
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import pytest
@@ -326,10 +327,14 @@ def test_a_range_behind_the_end_of_the_file_is_named(file: str, small_chunks: Re
     assert f"ends at byte {SIZE}" in str(error)
 
 
+def replace_by_zeros(file: str) -> None:
+    Path(file + ".new").write_bytes(bytes(SIZE))
+    os.replace(file + ".new", file)
+
+
 def test_an_indexed_file_that_was_replaced_is_refused(file: str) -> None:
     made = Reader(stamps={file: stamp(file)})
-    os.replace(Path(file).rename(file + ".old"), file)
-    os.utime(file, ns=(1, 1))
+    replace_by_zeros(file)
     assert isinstance(fails_with(made, file), CheckpointChangedError)
 
 
@@ -342,8 +347,7 @@ def test_an_indexed_file_that_was_removed_is_refused(file: str) -> None:
 def test_an_open_file_is_not_exchanged_for_one_that_takes_its_path(file: str, content: bytes) -> None:
     made = Reader(stamps={file: stamp(file)})
     read_one(made, file, 0, 10)
-    Path(file + ".new").write_bytes(bytes(SIZE))
-    os.replace(file + ".new", file)
+    replace_by_zeros(file)
     assert read_one(made, file, 5000, 9000) == content[5000:14_000]
 
 
@@ -474,25 +478,29 @@ def test_close_waits_for_the_reads_under_way(file: str, content: bytes, monkeypa
     assert buffer[:] == content[: 10 * PAGE]
 
 
-def test_closing_from_a_callback_is_refused_instead_of_waiting_for_itself(file: str, small_chunks: Reader) -> None:
-    raised: list[BaseException] = []
-    may_finish = threading.Event()
+def test_closing_from_a_callback_is_refused_instead_of_waiting_for_itself(
+    file: str, small_chunks: Reader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    callback_is_set, preadv = threading.Event(), os.preadv
+
+    def wait(fd: int, views: Any, offset: int) -> int:
+        assert callback_is_set.wait(30)
+        return preadv(fd, views, offset)
+
+    raised: SimpleQueue[BaseException | None] = SimpleQueue()
 
     def close(_: Any) -> None:
         try:
             small_chunks.close()
         except RuntimeError as error:
-            raised.append(error)
-        may_finish.set()
+            raised.put(error)
+        else:
+            raised.put(None)
 
-    gate, (planned, buffer) = threading.Event(), (layout([entry(file, 0, 10)]), page_buffer(PAGE))
-    first_thread = small_chunks.read(planned.extents, page_buffer(PAGE))
-    first_thread.add_done_callback(lambda _: gate.wait(30))  # so that the next callback runs on a thread of the pool
-    future = small_chunks.read(planned.extents, buffer)
-    future.add_done_callback(close)
-    gate.set()
-    assert may_finish.wait(30)
-    assert not raised or "callback" in str(raised[0])
+    monkeypatch.setattr(os, "preadv", wait)
+    small_chunks.read([Extent(file, 0, 10, 0)], page_buffer(PAGE)).add_done_callback(close)
+    callback_is_set.set()
+    assert "callback" in str(raised.get(timeout=30))
 
 
 @needs_proc

@@ -111,6 +111,14 @@ def test_the_current_device_follows_the_context(sim: ModuleType) -> None:
     assert torch.empty(1, device="sim").device == torch.device("sim:0")
 
 
+def test_the_current_stream_follows_the_context(sim: ModuleType) -> None:
+    stream = torch.Stream("sim:1")
+    with stream:
+        assert sim.current_stream(1) == stream
+        assert sim.current_stream(0) == sim.default_stream(0)
+    assert sim.current_stream(1) == sim.default_stream(1) != stream
+
+
 def test_pinned_memory_is_host_memory_and_counted(sim: ModuleType) -> None:
     before = sim.pinned_bytes()
     pinned = torch.arange(256.0).pin_memory()

@@ -99,13 +99,14 @@ def read_offload_index(offload_folder: PathLike) -> dict[str, WeightInfo]:
     return _read_index(os.path.join(offload_folder, INDEX_NAME))
 
 
-def folder_index(folder: PathLike) -> dict[str, TensorEntry]:
+def folder_index(folder: PathLike, index: Mapping[str, WeightInfo] | None = None) -> dict[str, TensorEntry]:
     """Where the bytes of each tensor lie that the folder's index names: a whole `.dat`, or a range of a shard.
 
-    Reads the index and the headers of the shards it points into, no tensor.
+    Reads the index (unless `index` is given in its place) and the headers of the shards it points into, no tensor.
     """
     shards = _Shards()
-    return {name: shards.entry(name, info, folder) for name, info in read_offload_index(folder).items()}
+    named = read_offload_index(folder) if index is None else index
+    return {name: shards.entry(name, info, folder) for name, info in named.items()}
 
 
 class PrefixedDataset(Mapping[str, Any]):

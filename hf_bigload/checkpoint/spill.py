@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 CACHE_ENV = "HF_BIGLOAD_CACHE"
 DEFAULT_CACHE = os.path.join("~", ".cache", "hf_bigload")
 SPILL_NAME = "weights.spill"
+PAGE = 4096
+"""Each tensor begins in a page of its own: a private mapping that was written to would hide what is appended to it."""
 PHASE_BYTES = 64
 """Some kernels round by an address modulo this: a spilled tensor keeps the residue its plain load has."""
 CHUNK_BYTES = 16 * 1024 * 1024
@@ -74,7 +76,7 @@ class SpillFolder:
 
     @property
     def nbytes(self) -> int:
-        """Bytes written so far."""
+        """Bytes of the file in use so far, gaps between tensors included."""
         return self._end
 
     def reserve(self, nbytes: int, name: str = "the offloaded weights") -> None:
@@ -102,7 +104,7 @@ class SpillFolder:
         if phase is None:
             phase = tensor.data_ptr() % PHASE_BYTES
         with self._lock:
-            offset = self._end + (phase - self._end) % PHASE_BYTES
+            offset = -(-self._end // PAGE) * PAGE + phase % PHASE_BYTES
             self.reserve(offset + data.nbytes - self._end, f"tensor {name!r}")
             if data.nbytes:
                 self._append(data, offset, name)
@@ -117,15 +119,19 @@ class SpillFolder:
         except BaseException as error:
             with contextlib.suppress(OSError):
                 os.ftruncate(self._fd, self._end)
-                os.ftruncate(self._fd, self._length)
+                os.ftruncate(self._fd, max(self._end, self._length))
             if not isinstance(error, OSError):
                 raise
             reason = error.strerror or str(error)
             raise SpillError(self._no_room(f"tensor {name!r}", data.nbytes, reason)) from error
         self._end = offset + data.nbytes
         if self._end > self._length:
-            self._length = max(GROWTH_BYTES, 1 << (self._end - 1).bit_length())
-            os.ftruncate(self._fd, self._length)
+            self._grow(max(GROWTH_BYTES, 1 << (self._end - 1).bit_length()))
+
+    def _grow(self, length: int) -> None:
+        with contextlib.suppress(OSError):  # a limit on file sizes: readers map the file more often then
+            os.ftruncate(self._fd, length)
+            self._length = length
 
     def _check_usable(self, name: str) -> None:
         if not self.close.alive or os.getpid() != self._owner or not os.path.exists(self._file):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import nn
 
 from ..errors import DoesNotFitError, human_bytes
 from ..hardware import free_by_accelerator, free_ram, map_value, torch_device
+from ..module_tensors import as_device
 from ..skeleton import gathers
 from ..specs import CPU, DISK, Placement, Plan
 from .executor import CPU_DEVICE, Executor, Stats, unwatch, watch
@@ -124,6 +126,22 @@ class AlignDevicesHook(ModelHook):
             scope.leave()
         return output if outputs_to is None else send_to_device(output, outputs_to, skip_keys=self.skip_keys)
 
+    @contextlib.contextmanager
+    def align(self, module: nn.Module, device: Any = None) -> Iterator[None]:
+        """Within the context, the weights this hook leases are on `device` (by default where the module runs).
+
+        What is written to them is kept.
+        """
+        if self.executor is None or self.whole is None:
+            yield
+            return
+        there = self.device if device is None else as_device(device)
+        leased = self.executor.lease(self.executor.tensors(module, self.whole), there)
+        try:
+            yield
+        finally:
+            self.executor.release(leased)
+
     def _outputs_to(self, module: nn.Module, args: Any, kwargs: Any) -> torch.device | None:
         """Back to where the caller is, for the outermost module; a table's rows to the module that adds to them."""
         if not self.moves:
@@ -149,7 +167,7 @@ def attach(
 
     A model that rests whole on one device gets no hooks (unless `force_hooks`): it is a plain module.
     """
-    model.hf_device_map = dict(plan.device_map)
+    model.hf_device_map = dict(plan.device_map)  # type: ignore[assignment]
     if len(plan.devices) == 1 and not plan.streams and not force_hooks:
         return model
     moves = force_hooks or any(device not in (CPU, DISK) for device in plan.devices)
@@ -255,7 +273,7 @@ def settle(model: nn.Module, device: torch.device) -> None:
     with torch.inference_mode(False), torch.no_grad():
         for tensor in coming:
             tensor.data = tensor.data.to(device, copy=True)
-    model.hf_device_map = {"": map_value(str(device))}
+    model.hf_device_map = {"": map_value(str(device))}  # type: ignore[assignment]
 
 
 def _check_room(coming: Sequence[torch.Tensor], device: torch.device) -> None:

@@ -448,8 +448,8 @@ def _unpack(saved: torch.Tensor | _Saved) -> torch.Tensor:
 def _check_can_travel(tensor: torch.Tensor) -> None:
     if tensor.device.type == "meta":
         raise OffloadedWeightError(
-            f"a weight of shape {tuple(tensor.shape)} is on the meta device: it was never loaded. Load a checkpoint that "
-            "has it, or initialise it, before running the model."
+            f"a weight of shape {tuple(tensor.shape)} is on the meta device: it was never loaded. Load a checkpoint "
+            "that has it, or initialise it, before running the model."
         )
     if is_traceable_wrapper_subclass(tensor):
         raise OffloadedWeightError(

@@ -44,18 +44,19 @@ def find_device(data: Any) -> torch.device | None:
     return next((device for device in map(find_device, data) if device is not None), None)
 
 
+def map_tensors(function: Callable[[torch.Tensor], torch.Tensor], data: Any) -> Any:
+    """`data` with `function` applied to every tensor in it; the same object if none changed."""
+    if isinstance(data, torch.Tensor):
+        return function(data)
+    return _rebuilt(data, lambda _key, value: map_tensors(function, value))
+
+
 def _send(data: Any, device: torch.device, non_blocking: bool, skipped: Collection[str]) -> Any:
     if isinstance(data, torch.Tensor):
         return data.to(device, non_blocking=non_blocking)
     if _moves_itself(data):
         return _ask_to_move(data, device, non_blocking)
-    if isinstance(data, Mapping):
-        moved = {k: v if k in skipped else _send(v, device, non_blocking, skipped) for k, v in data.items()}
-        return data if all(moved[k] is v for k, v in data.items()) else _like_mapping(data, moved)
-    if isinstance(data, (list, tuple)):
-        items = [_send(item, device, non_blocking, skipped) for item in data]
-        return data if all(new is old for new, old in zip(items, data, strict=True)) else _like_sequence(data, items)
-    return data
+    return _rebuilt(data, lambda key, value: value if key in skipped else _send(value, device, non_blocking, skipped))
 
 
 def _moves_itself(data: Any) -> bool:
@@ -68,6 +69,20 @@ def _ask_to_move(data: Any, device: torch.device, non_blocking: bool) -> Any:
         return data.to(device, non_blocking=non_blocking)
     except TypeError:  # a `to` that knows no such option
         return data.to(device)
+
+
+def _rebuilt(data: Any, convert: Callable[[Any, Any], Any]) -> Any:
+    """A container of the type of `data` with `convert(key or None, value)` for each of its values.
+
+    The same object where no value changed, or where `data` is no list, tuple or dict.
+    """
+    if isinstance(data, Mapping):
+        items = {key: convert(key, value) for key, value in data.items()}
+        return data if all(items[key] is value for key, value in data.items()) else _like_mapping(data, items)
+    if isinstance(data, (list, tuple)):
+        values = [convert(None, value) for value in data]
+        return data if all(new is old for new, old in zip(values, data, strict=True)) else _like_sequence(data, values)
+    return data
 
 
 def _like_mapping(original: Mapping[Any, Any], items: dict[Any, Any]) -> Any:
@@ -87,16 +102,3 @@ def _like_sequence(original: list[Any] | tuple[Any, ...], items: list[Any]) -> A
     if isinstance(original, tuple) and hasattr(original, "_fields"):
         return type(original)(*items)
     return type(original)(items)
-
-
-def map_tensors(function: Callable[[torch.Tensor], torch.Tensor], data: Any) -> Any:
-    """`data` with `function` applied to every tensor in it; the same object if none changed."""
-    if isinstance(data, torch.Tensor):
-        return function(data)
-    if isinstance(data, Mapping):
-        mapped = {key: map_tensors(function, value) for key, value in data.items()}
-        return data if all(mapped[key] is value for key, value in data.items()) else _like_mapping(data, mapped)
-    if isinstance(data, (list, tuple)):
-        items = [map_tensors(function, item) for item in data]
-        return data if all(new is old for new, old in zip(items, data)) else _like_sequence(data, items)
-    return data

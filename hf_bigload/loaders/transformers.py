@@ -215,9 +215,9 @@ def _quantized_map(plan: Plan, hf_quantizer: Any) -> dict[str, Any]:
     if plan.streams:
         method = getattr(hf_quantizer.quantization_config, "quant_method", "quantised")
         raise QuantizedOffloadError(
-            f"The plan for this {getattr(method, 'value', method)} checkpoint would stream weights to {plan.main_device} "
-            f"(device map {dict(plan.device_map)}), and quantised weights cannot be streamed yet. Give it more "
-            "max_memory, a smaller model, or load it unquantised."
+            f"The plan for this {getattr(method, 'value', method)} checkpoint would stream weights to "
+            f"{plan.main_device} (device map {dict(plan.device_map)}), and quantised weights cannot be streamed yet. "
+            "Give it more max_memory, choose a smaller model, or load it unquantised."
         )
     device_map = dict(plan.device_map)
     hf_quantizer.validate_environment(device_map=device_map)

@@ -44,7 +44,7 @@ class Source:
             loaded.update(torch.load(path, map_location="cpu", weights_only=True))
         return cls(index, loaded)
 
-    def keys(self) -> list[str]:
+    def sorted_keys(self) -> list[str]:
         """In the library's order: conversions collect their inputs as they come."""
         return sorted({*self.index, *self.in_memory}, key=library.dot_natural_key)
 
@@ -111,7 +111,7 @@ class _Loading:
 
     def _assign(self) -> Assignment:
         assigned = Assignment()
-        for key in self.source.keys():
+        for key in self.source.sorted_keys():
             name, pattern = self._rename(key)
             if name in self.skeleton:
                 if pattern is None:
@@ -147,7 +147,7 @@ class _Loading:
         shape = self.source.shape(key)
         if shape != tuple(wanted.shape):
             self.info.missing_keys.discard(name)
-            self.info.mismatched_keys.add((name, torch.Size(shape), wanted.shape))
+            self.info.mismatched_keys.add((name, torch.Size(shape), wanted.shape))  # type: ignore[arg-type]
             return
         entry = self.source.entry(key)
         dtype = self.dtype_of(name)
@@ -193,7 +193,7 @@ def dtype_rule(skeleton: Mapping[str, Any], dtype_plan: Mapping[str, torch.dtype
 
     def rule(name: str) -> torch.dtype:
         match = pattern.search(name)
-        return skeleton[name].dtype if match is None else dtype_plan[names[match.lastgroup]]
+        return skeleton[name].dtype if match is None else dtype_plan[names[str(match.lastgroup)]]
 
     return rule
 

@@ -6,6 +6,7 @@
 #include <c10/core/DeviceGuard.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 
+#include <algorithm>
 #include <cstring>
 
 namespace sim {
@@ -79,7 +80,9 @@ struct Hooks final : at::PrivateUse1HooksInterface {
   DeviceIndex deviceCount() const override { return device_count(); }
   DeviceIndex getCurrentDevice() const override { return current_device(); }
   void setCurrentDevice(DeviceIndex device) const override { set_current_device(device); }
-  DeviceIndex exchangeDevice(DeviceIndex device) const override { return Guard().exchangeDevice({kSim, device}).index(); }
+  DeviceIndex exchangeDevice(DeviceIndex device) const override {
+    return Guard().exchangeDevice({kSim, device}).index();
+  }
   DeviceIndex maybeExchangeDevice(DeviceIndex device) const override {
     const auto before = current_device();
     Guard().uncheckedSetDevice({kSim, device});

@@ -108,7 +108,8 @@ Tensor copy_from(const Tensor& source, const Tensor& destination, bool non_block
   if (destination.numel() == 0) return destination;
   const Tensor& on_device = on_sim(destination) ? destination : source;
   const Tensor& other = on_sim(destination) ? source : destination;
-  TORCH_CHECK(other.is_cpu() || on_sim(other), "sim: cannot copy between ", on_device.device(), " and ", other.device());
+  TORCH_CHECK(other.is_cpu() || on_sim(other), "sim: cannot copy between ", on_device.device(), " and ",
+              other.device());
   count(source, destination);
   const auto stream = current_stream(on_device.device().index());
   if (on_sim(other)) {

@@ -7,6 +7,8 @@
 
 #include <torch/library.h>
 
+#include <algorithm>
+
 namespace sim {
 namespace {
 using c10::IValue;

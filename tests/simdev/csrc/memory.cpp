@@ -1,5 +1,6 @@
 #include "memory.h"
 
+#include <algorithm>
 #include <cstdlib>
 
 namespace sim {
@@ -102,7 +103,8 @@ struct SimAllocator final : c10::DeviceAllocator {
     Lock lock(mutex());
     const auto device = current_device();
     require(device, nbytes);
-    return charge(new Block{device, nbytes, current_stream(device), nbytes ? aligned(kDeviceAlignment, nbytes) : nullptr});
+    void* data = nbytes ? aligned(kDeviceAlignment, nbytes) : nullptr;
+    return charge(new Block{device, nbytes, current_stream(device), data});
   }
   void copy_data(void* to, const void* from, size_t nbytes) const override { default_copy_data(to, from, nbytes); }
   bool initialized() override { return true; }
@@ -201,7 +203,8 @@ DeviceIndex device_of(const void* address) {
 c10::DataPtr adopt(const c10::Storage& cpu_storage, DeviceIndex device) {
   Lock lock(mutex());
   require(device, cpu_storage.nbytes());
-  return charge(new Block{device, cpu_storage.nbytes(), current_stream(device), cpu_storage.mutable_data(), cpu_storage});
+  void* data = cpu_storage.mutable_data();
+  return charge(new Block{device, cpu_storage.nbytes(), current_stream(device), data, cpu_storage});
 }
 
 void set_capacity(DeviceIndex device, std::optional<size_t> nbytes) {

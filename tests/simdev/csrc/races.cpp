@@ -1,5 +1,6 @@
 #include "races.h"
 
+#include <algorithm>
 #include <sstream>
 
 namespace sim {
