@@ -51,6 +51,12 @@ def as_dtype(dtype: str | torch.dtype) -> torch.dtype:
     return found
 
 
+def give_back_unused_memory(device: torch.device) -> None:
+    """Let the allocator of an accelerator return what it caches to the driver; nothing on other devices."""
+    if device.type not in ("cpu", "meta"):
+        torch.get_device_module(device).empty_cache()
+
+
 # ----------------------------------------------------------------------------------------------------- names and ties
 
 
@@ -181,8 +187,8 @@ def set_module_tensor_to_device(
         return
     if fp16_statistics is not None:
         new.SCB = fp16_statistics.to(new.device, non_blocking=non_blocking)  # type: ignore[attr-defined]
-    if clear_cache and new.device.type not in ("cpu", "meta"):
-        torch.get_device_module(new.device).empty_cache()
+    if clear_cache:
+        give_back_unused_memory(new.device)
     _enter_shared(tied_params_map, pointers, device, new)
 
 
@@ -323,11 +329,12 @@ def _bring_back(module: nn.Module, name: str, original: nn.Parameter) -> None:
     current = module._parameters.get(name)
     if current is None or current is original:
         return
-    if (current.shape, current.dtype) == (original.shape, original.dtype):
-        original.detach().copy_(current.detach())
-        module._parameters[name] = original
-    else:
+    if (current.shape, current.dtype) != (original.shape, original.dtype):
         set_module_tensor_to_device(module, name, original.device, clear_cache=False)
+        return
+    if not current.is_meta:
+        original.detach().copy_(current.detach())
+    module._parameters[name] = original
 
 
 def get_state_dict_offloaded_model(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -101,7 +101,7 @@ class _Cut:
         if not whole:
             return self._own(name, module)
         parts = tuple(
-            self._own(_join(name, below), owner)
+            self._own(_join(name, below), owner, part_of=name)
             for below, owner in module.named_modules()
             if _has_tensors(owner, recurse=False)
         )
@@ -109,7 +109,7 @@ class _Cut:
         borrows = tuple(n for part in parts for n in part.borrows if n not in {t.name for t in tensors})
         return BlockSpec(name, tensors, whole=True, parts=parts, borrows=borrows)
 
-    def _own(self, name: str, module: nn.Module) -> BlockSpec:
+    def _own(self, name: str, module: nn.Module, part_of: str | None = None) -> BlockSpec:
         tensors, borrows = [], []
         for leaf, tensor, is_buffer in _direct_tensors(module):
             full = _join(name, leaf)
@@ -119,7 +119,9 @@ class _Cut:
             else:
                 self.ties[full] = owner
                 borrows.append(owner)
-        return BlockSpec(name, tuple(tensors), whole=False, borrows=tuple(borrows), gathers=gathers(module))
+        return BlockSpec(
+            name, tuple(tensors), whole=False, borrows=tuple(borrows), gathers=gathers(module), part_of=part_of
+        )
 
     def _tensor(self, name: str, tensor: torch.Tensor, is_buffer: bool) -> TensorSpec:
         dtype, nbytes = self.loaded_as(name, tensor)

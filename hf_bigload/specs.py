@@ -117,6 +117,8 @@ class BlockSpec:
     borrows: tuple[str, ...] = ()
     gathers: bool = False
     """An embedding table: its forward reads a few rows, never the whole."""
+    part_of: str | None = None
+    """For a leaf of a block that was cut, that block: it goes on computing with its leaves' outputs, on one device."""
 
     @property
     def buffer_bytes(self) -> int:

@@ -69,6 +69,7 @@ class AlignDevicesHook(ModelHook):
         whole: bool | None = None,
         at_home: bool = False,
         moves: bool = False,
+        returns: bool = False,
         skip_keys: Sequence[str] = (),
         offload: bool = False,
         io_same_device: bool = True,
@@ -77,6 +78,8 @@ class AlignDevicesHook(ModelHook):
         self.whole = whole
         """True: leases everything below the module. False: only its own tensors. None: leases nothing."""
         self.at_home, self.moves, self.offload = at_home, moves, offload
+        self.returns = returns
+        """Outputs go back to the device of the module that called."""
         self.skip_keys = list(skip_keys)
         self.io_same_device = io_same_device
 
@@ -150,7 +153,7 @@ class AlignDevicesHook(ModelHook):
         outside = self.executor.scope_device()
         if outside is None:
             return find_device([args, kwargs])
-        if gathers(module):
+        if self.returns or gathers(module):
             return outside
         return self.device if self.at_home else None
 
@@ -190,6 +193,7 @@ def _hook_blocks(model: nn.Module, plan: Plan, hook: Any, moves: bool) -> None:
             device=torch_device(placement.device),
             whole=placement.block.whole,
             at_home=placement.at_home,
+            returns=placement.block.part_of is not None,
             offload=leases,
         )
         add_hook_to_module(model.get_submodule(placement.block.name), block_hook, append=True)
@@ -207,7 +211,9 @@ def _hook_containers(model: nn.Module, plan: Plan, hook: Any) -> None:
     for path, placement in first.items():
         module = model.get_submodule(path)
         if path not in blocks and type(module).forward is not nn.Module.forward:
-            add_hook_to_module(module, hook(device=torch_device(placement.device)), append=True)
+            cut = placement.block.part_of
+            inside_cut = cut is not None and path.startswith(f"{cut}.")
+            add_hook_to_module(module, hook(device=torch_device(placement.device), returns=inside_cut), append=True)
 
 
 # ---------------------------------------------------------------- moving a dispatched model

@@ -324,7 +324,8 @@ class Executor:
             scope.borrow(tensor)
         finally:
             self._local.busy = False
-        return self._local.find(tensor) or tensor
+        held = self._local.find(tensor)
+        return tensor if held is None else held
 
 
 class _ThreadState(threading.local):

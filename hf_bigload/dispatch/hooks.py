@@ -18,7 +18,7 @@ import torch
 from torch import fx, nn
 
 from ..hardware import main_accelerator
-from ..module_tensors import as_device
+from ..module_tensors import as_device, give_back_unused_memory
 from .moving import send_to_device
 
 Forward = Callable[..., Any]
@@ -201,7 +201,7 @@ class CpuOffload(ModelHook):
         device = _first_device(previous.model)
         if device is not None and device.type != "cpu":
             previous.offload()
-            torch.get_device_module(device).empty_cache()
+            give_back_unused_memory(device)
 
 
 class UserCpuOffloadHook:

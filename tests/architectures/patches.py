@@ -5,11 +5,181 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-PATCHES: Mapping[str, Mapping[str, Any]] = {}
+import torch
+import transformers
+from transformers.models.musicgen import configuration_musicgen as musicgen
+from transformers.models.musicgen_melody import configuration_musicgen_melody as musicgen_melody
+
+Small = Callable[..., Any]
+"""(configuration class, **fields) -> a small configuration of that class."""
+Build = Callable[[Small], Any]
+Inputs = dict[str, Any]
+
+_SLIDING_AND_FULL = ["sliding_attention", "full_attention"] * 3
+_GEMMA4 = {"layer_types": _SLIDING_AND_FULL, "num_kv_shared_layers": 2, "global_head_dim": 32}
+_GRANITE_SPEECH = {"hidden_dim": 64, "output_dim": 99, "context_size": 8, "max_pos_emb": 16}
+
+PATCHES: Mapping[str, Mapping[str, Any]] = {
+    "bamba": {"attn_layer_indices": [2]},
+    "blenderbot": {"encoder_layers": 6},
+    "blt": {"encoder_hash_byte_group_vocab": 50},
+    "blt_local_encoder": {"hidden_size_global": 64},
+    "blt_local_decoder": {"hidden_size_global": 64},
+    "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}},
+    "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8}},
+    "deepseek_v2": {"num_experts_per_tok": 2, "first_k_dense_replace": 1},
+    "deepseek_v4": {
+        "o_groups": 2,
+        "o_lora_rank": 16,
+        "partial_rotary_factor": 0.5,
+        "compress_rates": {"compressed_sparse_attention": 4, "heavily_compressed_attention": 8},
+    },
+    "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1, "first_k_dense_replace": 1},
+    "dots3_note_text": {
+        "head_dim": 24,
+        "swa_num_attention_heads": 4,
+        "swa_num_key_value_heads": 4,
+        "swa_q_lora_rank": 24,
+        "swa_kv_lora_rank": 24,
+        "swa_head_dim": 24,
+        "swa_qk_nope_head_dim": 16,
+        "swa_v_head_dim": 16,
+    },
+    "dots3_note_vision_encoder": {
+        "mlp_layer_types": ["dense", "sparse"] * 3,
+        "num_local_experts": 4,
+        "adapter_in_dim": 64,
+        "adapter_out_dim": 64,
+    },
+    "dots3_note_audio_encoder": {"adapter_input_size": 64, "adapter_out_dim": 64, "downsample_hidden_size": 16},
+    "gemma3n_text": {
+        "num_kv_shared_layers": 1,
+        "hidden_size_per_layer_input": 16,
+        "laurel_rank": 8,
+        "intermediate_size": 88,
+        "activation_sparsity_pattern": [0.95] * 2 + [0.0] * 4,
+    },
+    "gemma4_text": {
+        **_GEMMA4,
+        "hidden_size_per_layer_input": 16,
+        "enable_moe_block": True,
+        "num_experts": 4,
+        "top_k_experts": 2,
+        "moe_intermediate_size": 32,
+    },
+    "gemma4_unified_text": _GEMMA4,
+    "gpt_neo": {"attention_types": [[["global", "local"], 3]], "window_size": 4},
+    "granite_speech_encoder": _GRANITE_SPEECH,
+    "granite_speech_plus_encoder": _GRANITE_SPEECH,
+    "granitemoehybrid": {"layer_types": ["linear_attention", "linear_attention", "full_attention"] * 2},
+    "hunyuan_v1_dense": {"head_dim": 16},
+    "hunyuan_v1_moe": {"head_dim": 16, "num_experts": 4, "moe_topk": 2},
+    "inkling_text": {"swa_num_attention_heads": 4, "swa_num_key_value_heads": 2, "swa_head_dim": 16, "rel_extent": 8},
+    "inkling2_text": {
+        "swa_num_attention_heads": 4,
+        "swa_num_key_value_heads": 2,
+        "swa_head_dim": 16,
+        "rel_extent": 8,
+        "unpadded_vocab_size": 97,
+    },
+    "jamba": {"attn_layer_period": 3, "attn_layer_offset": 1},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 3},
+    "longcat_flash": {"head_dim": 8, "zero_expert_num": 2},
+    "mamba2": {"num_heads": 8},
+    "ministral": {"head_dim": 16},
+    "nemotron": {"num_key_value_heads": 2},
+    "nemotron3_diarization": {"head_config": {"audio_hidden_size": 64}},
+    "phi4_multimodal_audio": {
+        "ext_pw_out_channel": 64,
+        "depthwise_separable_out_channel": 64,
+        "nemo_conv_channels": 16,
+    },
+    "qwen3_asr_encoder": {"downsample_hidden_size": 16, "output_dim": 64},
+    "qwen4_exp_text": {
+        "indexer_n_heads": 4,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 16,
+        "indexer_budget": 4,
+        "indexer_compress_ratio": 2,
+    },
+    "reformer": {
+        "is_decoder": True,
+        "axial_pos_shape": (8, 8),
+        "axial_pos_embds_dim": (16, 48),
+        "local_attn_chunk_length": 4,
+        "lsh_attn_chunk_length": 4,
+        "hash_seed": 0,
+    },
+    "roc_bert": {"shape_embed_dim": 16, "pronunciation_embed_dim": 16, "shape_vocab_size": 99},
+    "xlnet": {"d_inner": 88, "d_head": 16},
+    "xlstm": {"qk_dim_factor": 1.0},
+    "xmod": {"default_language": "en_XX"},
+    "t5": {"decoder_start_token_id": 0},
+    "longt5": {"decoder_start_token_id": 0},
+    "switch_transformers": {"decoder_start_token_id": 0},
+    "vibevoice_acoustic_tokenizer_encoder": {
+        "num_filters": 4,
+        "downsampling_ratios": (2, 2, 4),
+        "depths": (2, 2, 2, 2),
+        "hidden_size": 16,
+    },
+    "zamba": {"layers_block_type": ["linear_attention", "linear_attention", "hybrid"] * 2},
+    "zamba2": {
+        "layers_block_type": ["linear_attention", "linear_attention", "hybrid"] * 2,
+        "intermediate_size": 88,
+        "adapter_rank": 8,
+    },
+}
 """Fields by the `model_type` of the configuration, or part of one, that has them."""
 
-WHOLE: Mapping[str, Callable[[], Any]] = {}
+
+def _encoder_decoder(small: Small) -> Any:
+    decoder = small(transformers.BertConfig, is_decoder=True, add_cross_attention=True)
+    encoder = small(transformers.BertConfig)
+    return transformers.EncoderDecoderConfig(
+        encoder=encoder.to_dict(), decoder=decoder.to_dict(), decoder_start_token_id=1, pad_token_id=0
+    )
+
+
+WHOLE: Mapping[str, Build] = {
+    "causal:musicgen": lambda small: small(musicgen.MusicgenDecoderConfig),
+    "causal:musicgen_melody": lambda small: small(musicgen_melody.MusicgenMelodyDecoderConfig),
+    "seq2seq:encoder-decoder": _encoder_decoder,
+}
 """Configurations that have to be put together by hand, by architecture."""
 
-INPUTS: Mapping[str, Callable[..., dict[str, Any]]] = {}
-"""More than token ids, by architecture."""
+BY_CLASS = frozenset({"causal:musicgen", "causal:musicgen_melody"})
+"""Architectures that an Auto class lists and cannot build: their own class loads them."""
+
+GENERATE: Mapping[str, Mapping[str, Any] | None] = {
+    "causal:blt": None,
+    "causal:musicgen": {"decoder_start_token_id": 0},
+    "causal:musicgen_melody": {"decoder_start_token_id": 0},
+    "causal:reformer": {"use_cache": False},
+}
+"""What `generate` needs to be told, by architecture; None: the library cannot generate with it alone."""
+
+
+def _spoken(config: Any, inputs: Inputs) -> Inputs:
+    frames = inputs["input_ids"].shape[1] * config.audio_length_per_tok
+    return {"input_ids": inputs["input_ids"], "input_features": torch.randn(2, config.audio_config.num_mel_bins, frames)}
+
+
+def _codebooks(config: Any, inputs: Inputs) -> Inputs:
+    return {"input_ids": inputs["input_ids"].repeat_interleave(config.num_codebooks, dim=0)}
+
+
+def _uncached(_config: Any, inputs: Inputs) -> Inputs:
+    return {**inputs, "use_cache": False}
+
+
+PROMPTS: Mapping[str, int] = {"seq2seq:voxtral_realtime": 4}
+"""Tokens to generate from, by architecture, where not all of the input: speech has to be left to transcribe."""
+
+INPUTS: Mapping[str, Callable[[Any, Inputs], Inputs]] = {
+    "causal:blt": _uncached,
+    "causal:musicgen": _codebooks,
+    "causal:musicgen_melody": _codebooks,
+    "seq2seq:voxtral_realtime": _spoken,
+}
+"""(configuration, token ids) -> what a forward takes, by architecture."""

@@ -8,7 +8,7 @@ model still holds its largest block.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from .patches import INPUTS, PATCHES, WHOLE
+from .patches import BY_CLASS, INPUTS, PATCHES, WHOLE
 
 VOCABULARY = 99
 FIRST_WORD, LAST_WORD = 10, 80
@@ -72,7 +72,9 @@ SMALL: Mapping[str, Any] = {
     **_values(1, "n_group topk_group n_shared_experts num_shared_experts first_k_dense_replace"),
     **_values(64, "max_position_embeddings n_positions max_source_positions max_target_positions max_seq_len n_ctx"),
     **_values(8, "sliding_window sliding_window_size attention_window_size chunk_size mamba_chunk_size"),
-    **_values(8, "mamba_d_state state_size ssm_state_size"),
+    **_values(8, "mamba_d_state state_size ssm_state_size linear_num_value_heads mamba_n_heads mamba_num_heads"),
+    **_values(4, "linear_num_key_heads linear_num_heads mamba_n_groups n_groups"),
+    **_values(16, "linear_key_head_dim linear_value_head_dim linear_head_dim mamba_head_dim"),
 }
 
 _SPECIAL = {"pad": 0, "bos": 1, "eos": 2, "decoder_start": 3, "sep": 4, "cls": 5, "mask": 6}
@@ -93,7 +95,7 @@ class Architecture:
     @property
     def auto(self) -> Any:
         """What a user loads it with."""
-        return _KINDS[self.kind][0]
+        return self.model_class if self.name in BY_CLASS else _KINDS[self.kind][0]
 
 
 def architectures() -> Iterator[Architecture]:
@@ -113,7 +115,7 @@ def tiny_model(which: Architecture, seed: int = 0) -> PreTrainedModel:
     """A random model in evaluation mode. No weight keeps a value that another weight has too (no ones, no zeros)."""
     torch.manual_seed(seed)
     config = tiny_config(which.config_class, which.name)
-    model = which.auto.from_config(config).eval()
+    model = (which.model_class(config) if which.name in BY_CLASS else which.auto.from_config(config)).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.is_floating_point():
@@ -128,31 +130,36 @@ def tiny_inputs(which: Architecture, model: PreTrainedModel, seed: int = 0) -> d
     inputs = {"input_ids": words}
     if which.kind == "seq2seq":
         inputs["decoder_input_ids"] = words.flip(1)
-    make: Callable[..., dict[str, Any]] | None = INPUTS.get(which.name)
+    make = INPUTS.get(which.name)
     return inputs if make is None else make(model.config, inputs)
 
 
 def tiny_config(config_class: type[PreTrainedConfig], name: str = "") -> PreTrainedConfig:
     """`config_class` with small values, its own rules for derived fields applied to them."""
     whole = WHOLE.get(name)
-    return whole() if whole is not None else config_class(**_small_fields(config_class, None))
+    return _small(config_class) if whole is None else whole(_small)
 
 
-def _small_fields(config_class: type[PreTrainedConfig], instance: PreTrainedConfig | None) -> dict[str, Any]:
-    chosen: dict[str, Any] = {}
-    for field in dataclasses.fields(config_class):
-        default = _default(field)
-        if instance is not None and (given := getattr(instance, field.name, default)) != default and default is not None:
-            default = chosen[field.name] = given
+def _small(config_class: type[PreTrainedConfig], **fields: Any) -> PreTrainedConfig:
+    return config_class(**{**_small_fields(config_class), **fields})
+
+
+def _small_fields(config_class: type[PreTrainedConfig], given: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    chosen = dict(given or {})
+    defaults = {f.name: f.default for f in dataclasses.fields(config_class) if f.default is not dataclasses.MISSING}
+    for name, default in {**defaults, **chosen}.items():
         if isinstance(default, int) and not isinstance(default, bool):
-            chosen.update(_small_value(field.name, default))
+            chosen.update(_small_value(name, default))
+    if "num_key_value_heads" in chosen and _ungrouped(defaults):
+        chosen["num_key_value_heads"] = chosen.get("num_attention_heads", SMALL["num_attention_heads"])
     chosen.update(_small_parts(config_class))
     chosen.update(PATCHES.get(config_class.model_type, {}))
     return chosen
 
 
-def _default(field: dataclasses.Field[Any]) -> Any:
-    return field.default if field.default is not dataclasses.MISSING else None
+def _ungrouped(defaults: Mapping[str, Any]) -> bool:
+    """Whether each query head has keys of its own."""
+    return defaults["num_key_value_heads"] == defaults.get("num_attention_heads")
 
 
 def _small_value(name: str, default: int) -> dict[str, int]:
@@ -176,8 +183,9 @@ def _small_parts(config_class: type[PreTrainedConfig]) -> dict[str, Any]:
         return {}
     whole = config_class()
     parts = {name: getattr(whole, name, None) for name in config_class.sub_configs}
+    given = {name: spec.init_kwargs for name, spec in config_class.sub_configs_defaults.items()}
     return {
-        name: {**_small_fields(type(part), part), "model_type": part.model_type}
+        name: {**_small_fields(type(part), given.get(name)), "model_type": part.model_type}
         for name, part in parts.items()
         if isinstance(part, PreTrainedConfig)
     }

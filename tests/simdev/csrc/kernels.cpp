@@ -64,7 +64,10 @@ int64_t fused_sdp_choice(const Tensor& query, const Tensor& key, const Tensor& v
                          double dropout, bool causal, Optional<double> scale, bool enable_gqa) {
   Aliases aliases;
   auto cpu_query = aliases.to_cpu(query).requires_grad_(query.requires_grad());
-  auto cpu_mask = mask && on_sim(*mask) ? Optional<Tensor>(aliases.to_cpu(*mask)) : mask;
+  // the choice depends on which of them need a gradient: the flash kernel gives none for a mask
+  auto cpu_mask = mask && on_sim(*mask)
+                      ? Optional<Tensor>(aliases.to_cpu(*mask).requires_grad_(mask->requires_grad()))
+                      : mask;
   return at::_fused_sdp_choice(cpu_query, aliases.to_cpu(key), aliases.to_cpu(value), cpu_mask, dropout, causal, scale,
                                enable_gqa);
 }

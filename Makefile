@@ -1,0 +1,66 @@
+# `make demo` and `make test` are all that a fresh machine needs: the first of them makes the environment.
+# Settings: PYTHON (3.10 or newer), VENV, ARGS (for pytest, or for the demo), and for `make bench` BENCH_*.
+
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: help install demo test test-slow check format bench clean
+
+help:
+	@echo "make demo       run a model card on a memory budget, from an embedded Hub"
+	@echo "make test       the fast tests (ARGS='-k name' to choose)"
+	@echo "make test-slow  those that take minutes or gigabytes"
+	@echo "make check      ruff, mypy and import-linter"
+	@echo "make format     let ruff rewrite what it can"
+	@echo "make bench      T0 with weights on disk, beside a plain load (BENCH_MODEL=t0_3b for real sizes)"
+	@echo "make clean      remove caches and the benchmark's checkpoint; the environment stays"
+
+install: $(STAMP)
+
+# torch by its pinned version first: asked for by a range, pip may prefer a build with gigabytes for an accelerator.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed; name it: make PYTHON=python3.11")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: $(STAMP)
+	$(BIN)/python examples/demo.py $(ARGS)
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -rs $(ARGS)
+
+test-slow: $(STAMP)
+	$(BIN)/python -m pytest -rs -m slow $(ARGS)
+
+check: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# More in benchmarks/README.md.
+BENCH_MODEL ?= t0_3b_tiny
+BENCH_MEMORY ?= cpu=1GB
+BENCH_FOLDER ?= build/bench/$(BENCH_MODEL)
+
+$(BENCH_FOLDER)/config.json: | $(STAMP)
+	$(BIN)/python -m benchmarks.write_checkpoint $(BENCH_MODEL) $(BENCH_FOLDER)
+
+bench: $(STAMP) $(BENCH_FOLDER)/config.json
+	$(BIN)/python -m benchmarks.t0_forward --engine hf_bigload --checkpoint $(BENCH_FOLDER) --max-memory $(BENCH_MEMORY)
+	$(BIN)/python -m benchmarks.t0_forward --engine plain --checkpoint $(BENCH_FOLDER)
+
+clean:
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
