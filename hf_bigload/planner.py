@@ -300,7 +300,7 @@ def _finish(
     ring = _rings(placements)
     homes = {t.name: map_value(p.home_of(t.name)) for p in placements for t in p.block.tensors}
     homes.update({name: homes[owner] for name, owner in spec.ties.items() if owner in homes})
-    device_map = _execution_device_first(compress(homes), map_value(main))
+    device_map = _execution_device_first(homes, map_value(main))
     return Plan(
         placements=tuple(placements),
         device_map=device_map,
@@ -353,15 +353,18 @@ def _used(placements: Sequence[Placement], ring: Mapping[str, int], offload_buff
     return used
 
 
-def compress(homes: Mapping[str, Any]) -> dict[str, Any]:
-    """The shortest map that sends every tensor where `homes` does: a module's name where all below it agree."""
+def compress(homes: Mapping[str, Any], root: bool = True) -> dict[str, Any]:
+    """The shortest map that sends every tensor where `homes` does: a module's name where all below it agree.
+
+    Without `root`, no entry stands for the model as a whole.
+    """
     values: dict[str, set[Any]] = {}
     for name, home in homes.items():
         for prefix in _prefixes(name):
             values.setdefault(prefix, set()).add(home)
     short: dict[str, Any] = {}
     for name, home in homes.items():
-        highest = next(prefix for prefix in _prefixes(name) if len(values[prefix]) == 1)
+        highest = next(p for p in _prefixes(name) if len(values[p]) == 1 and (p or root))
         short.setdefault(highest, home)
     return short
 
@@ -370,9 +373,10 @@ def _prefixes(name: str) -> list[str]:
     return ["", *accumulate(name.split("."), "{}.{}".format)]
 
 
-def _execution_device_first(device_map: dict[str, Any], main: Any) -> dict[str, Any]:
-    """Libraries take a map's first value for the device to send inputs to: "disk" would not do."""
-    first = next((name for name, home in device_map.items() if home == main), None)
-    if first is None:
-        return {"": main, **device_map} if device_map else {"": main}
+def _execution_device_first(homes: Mapping[str, Any], main: Any) -> dict[str, Any]:
+    """The map of `homes`, whose first value libraries take for the device to send inputs to: "disk" would not do."""
+    if main not in homes.values():
+        return {"": main, **compress(homes, root=False)}
+    device_map = compress(homes)
+    first = next(name for name, home in device_map.items() if home == main)
     return {first: main, **device_map}

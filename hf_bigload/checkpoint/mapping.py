@@ -19,7 +19,7 @@ from hf_bigload.checkpoint.index import check_stamp
 from hf_bigload.errors import CheckpointError
 from hf_bigload.specs import DTYPE_BYTES, FileStamp, TensorEntry
 
-# Python names this flag from 3.13 on. Without it, a writable private mapping counts as memory in use, all of it.
+# Not every Python names this flag. Without it, a writable private mapping counts as memory in use, all of it.
 _NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else None)
 
 _PAGEMAP = "/proc/self/pagemap"

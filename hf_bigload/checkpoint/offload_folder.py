@@ -34,6 +34,7 @@ from ..specs import DTYPE_BYTES, TensorEntry
 from .formats import missing_shard, read_safetensors
 
 INDEX_NAME = "index.json"
+OFFLOAD_AGAIN = "Offload the model again."
 UNSAFE_IN_FILE_NAMES = str.maketrans({"%": "%25", "/": "%2F", "\\": "%5C", "\0": "%00"})
 
 PathLike = str | os.PathLike[str]
@@ -178,7 +179,7 @@ def read_tensor(entry: TensorEntry) -> torch.Tensor:
     if count != entry.nbytes:
         raise CorruptShardError(
             f"tensor {entry.name!r} needs {entry.nbytes} bytes from offset {entry.offset} of {entry.file}, "
-            f"which ends after {count} of them: offload it again"
+            f"which ends after {count} of them. {OFFLOAD_AGAIN}"
         )
     return buffer.view(torch_dtype(entry.dtype, entry.name)).reshape(entry.shape)
 
@@ -203,7 +204,7 @@ class _Shards:
         self._headers: dict[str, dict[str, TensorEntry]] = {}
 
     def entry(self, name: str, info: WeightInfo, folder: PathLike) -> TensorEntry:
-        shard = info.get("safetensors_file")
+        shard = info.get("safetensors_file") if isinstance(info, Mapping) else None
         if shard is None:
             return _checked_size(_dat_entry(name, weight_file(folder, name), info))
         header = self._header(os.fspath(shard))
@@ -218,12 +219,20 @@ class _Shards:
         return self._headers[shard]
 
 
-def _dat_entry(name: str, path: str, info: WeightInfo) -> TensorEntry:
-    shape = tuple(info["shape"])
-    dtype = info["dtype"]
+def _dat_entry(name: str, path: str, info: Any) -> TensorEntry:
+    dtype, shape = (info.get("dtype"), info.get("shape")) if isinstance(info, Mapping) else (None, None)
+    if not isinstance(dtype, str) or not _is_shape(shape):
+        raise CorruptShardError(
+            f"the offload index describes tensor {name!r} as {info!r}, without its dtype or shape. {OFFLOAD_AGAIN}"
+        )
     if dtype not in DTYPE_BYTES:
-        raise DtypeError(f"tensor {name!r} in {path} has dtype {dtype!r}; known are {', '.join(DTYPE_BYTES)}")
+        raise DtypeError(f"tensor {name!r} in {path} has dtype {dtype!r}; known are {', '.join(DTYPE_BYTES)}.")
+    shape = tuple(shape)  # type: ignore[arg-type]
     return TensorEntry(name, path, 0, math.prod(shape) * DTYPE_BYTES[dtype], dtype, shape)
+
+
+def _is_shape(shape: Any) -> bool:
+    return isinstance(shape, (list, tuple)) and all(isinstance(size, int) and size >= 0 for size in shape)
 
 
 def _plain_bytes(weight: torch.Tensor, name: str) -> torch.Tensor:
@@ -242,11 +251,11 @@ def _checked_size(entry: TensorEntry) -> TensorEntry:
     try:
         size = os.stat(entry.file).st_size
     except FileNotFoundError:
-        raise missing_shard(entry.file) from None
+        raise MissingShardError(f"tensor {entry.name!r} is not in {entry.file}. {OFFLOAD_AGAIN}") from None
     if size != entry.nbytes:
         raise CorruptShardError(
             f"{entry.file} has {size} bytes; the offload index gives tensor {entry.name!r} the shape "
-            f"{list(entry.shape)} of {entry.dtype}, which takes {entry.nbytes}. Offload the model again."
+            f"{list(entry.shape)} of {entry.dtype}, which takes {entry.nbytes}. {OFFLOAD_AGAIN}"
         )
     return entry
 
@@ -269,9 +278,9 @@ def _read_index(path: str) -> dict[str, WeightInfo]:
             f"{path} does not exist: {os.path.dirname(path) or '.'} is no folder of offloaded weights"
         ) from None
     except ValueError as error:
-        raise CorruptShardError(f"{path} is not readable as JSON: {error}. Offload the model again.") from error
+        raise CorruptShardError(f"{path} is not readable as JSON: {error}. {OFFLOAD_AGAIN}") from error
     if not isinstance(index, dict):
-        raise CorruptShardError(f"{path} is no map from weights to their dtype and shape. Offload the model again.")
+        raise CorruptShardError(f"{path} is no map from weights to their dtype and shape. {OFFLOAD_AGAIN}")
     return index
 
 

@@ -153,7 +153,7 @@ BY_CLASS = frozenset({"causal:musicgen", "causal:musicgen_melody"})
 
 GENERATE: Mapping[str, Mapping[str, Any] | None] = {
     "causal:blt": None,
-    "causal:musicgen": {"decoder_start_token_id": 0},
+    "causal:musicgen": {"decoder_start_token_id": 0, "num_return_sequences": 1},
     "causal:musicgen_melody": {"decoder_start_token_id": 0},
     "causal:reformer": {"use_cache": False},
 }

@@ -101,7 +101,7 @@ class Architecture:
 def architectures() -> Iterator[Architecture]:
     """Every causal and every sequence-to-sequence architecture of the installed Transformers."""
     for kind, (_auto, mapping) in _KINDS.items():
-        for config_class, model_class in mapping.items():
+        for config_class, model_class in dict(mapping.items()).items():  # two names may share a configuration
             first = model_class[0] if isinstance(model_class, tuple) else model_class
             yield Architecture(kind, config_class, first)
 

@@ -391,7 +391,8 @@ def test_layerwise_casting_goes_back_to_rest_after_an_error(ours):
 def test_a_process_that_never_compiles_never_imports_the_compiler():
     script = (
         "import sys, torch; from torch import nn; from hf_bigload.hooks import CpuOffload, add_hook_to_module;"
-        "add_hook_to_module(nn.Linear(2, 2), CpuOffload('cpu'))(torch.ones(1, 2)); print('torch._dynamo' in sys.modules)"
+        "add_hook_to_module(nn.Linear(2, 2), CpuOffload('cpu'))(torch.ones(1, 2));"
+        "print('torch._dynamo' in sys.modules)"
     )
     answer = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert answer.stdout.strip() == "False"

@@ -127,7 +127,12 @@ def test_a_tied_weight_that_was_moved_is_shared(engine):
 def test_tied_parameters_are_found_in_groups(engine):
     groups = engine.find_tied_parameters(Translator())
     assert groups == [
-        ["lm_head.weight", "model.decoder.embed_tokens.weight", "model.encoder.embed_tokens.weight", "model.shared.weight"]
+        [
+            "lm_head.weight",
+            "model.decoder.embed_tokens.weight",
+            "model.encoder.embed_tokens.weight",
+            "model.shared.weight",
+        ]
     ]
     assert engine.find_tied_parameters(LanguageModel(tied=False)) == []
 

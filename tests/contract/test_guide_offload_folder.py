@@ -1,4 +1,4 @@
-"""The folder of offloaded weights: one format for both engines, complete or untouched, and honest about what it holds."""
+"""The folder of offloaded weights: one format for both engines, written whole or not at all, checked when read."""
 
 from __future__ import annotations
 

@@ -1,0 +1,189 @@
+"""The planner's promises: every tensor placed once, no budget exceeded, nothing offloaded without need."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from hf_bigload.errors import BudgetError
+from hf_bigload.planner import compress, follow_map, make_plan
+from hf_bigload.specs import CPU, DISK, BlockSpec, Hardware, ModelSpec, Plan, TensorSpec
+
+
+def tensor(name: str, nbytes: int, is_buffer: bool = False) -> TensorSpec:
+    return TensorSpec(name, nbytes, "uint8", (nbytes,), is_buffer)
+
+
+def block(name: str, *sizes: int, gathers: bool = False) -> BlockSpec:
+    """A whole block with one leaf module per size, or for one size a single leaf."""
+    if len(sizes) == 1:
+        return BlockSpec(name, (tensor(f"{name}.weight", sizes[0]),), whole=False, gathers=gathers)
+    leaves = tuple(
+        BlockSpec(f"{name}.{i}", (tensor(f"{name}.{i}.weight", size),), whole=False, part_of=name)
+        for i, size in enumerate(sizes)
+    )
+    return BlockSpec(name, tuple(t for leaf in leaves for t in leaf.tensors), whole=True, parts=leaves)
+
+
+def spec(*blocks: BlockSpec, ties: dict[str, str] | None = None) -> ModelSpec:
+    return ModelSpec(tuple(blocks), ties or {})
+
+
+def homes(plan: Plan) -> dict[str, str]:
+    return {t.name: p.home_of(t.name) for p in plan.placements for t in p.block.tensors}
+
+
+def assert_within_budget(plan: Plan) -> None:
+    over = {d: (plan.used[d], plan.budget[d]) for d in plan.used if d != DISK and plan.used[d] > plan.budget.get(d, 0)}
+    assert not over
+
+
+LAYERS = [block(f"layers.{i}", 60, 40) for i in range(6)]
+
+
+class TestWithoutOffload:
+    def test_a_model_that_fits_in_ram_rests_there_and_streams_nothing(self) -> None:
+        plan = make_plan(spec(*LAYERS), Hardware({}, 600))
+        assert plan.device_map == {"": CPU} and not plan.streams and not plan.ring
+
+    def test_a_model_that_fits_on_one_accelerator_leaves_ram_alone(self) -> None:
+        plan = make_plan(spec(*LAYERS), Hardware({"cuda:0": 600}, 10_000))
+        assert plan.device_map == {"": "cuda:0"} and plan.used == {"cuda:0": 600}
+
+    @pytest.mark.parametrize("strategy", ["auto", "balanced"])
+    def test_several_accelerators_share_evenly(self, strategy: str) -> None:
+        plan = make_plan(spec(*LAYERS), Hardware({f"cuda:{i}": 1000 for i in range(3)}, 0), strategy)
+        assert plan.used == {"cuda:0": 200, "cuda:1": 200, "cuda:2": 200}
+
+    def test_sequential_fills_in_order(self) -> None:
+        plan = make_plan(spec(*LAYERS), Hardware({"cuda:0": 450, "cuda:1": 450}, 0), "sequential")
+        assert plan.used == {"cuda:0": 400, "cuda:1": 200}
+
+    def test_balanced_low_0_leaves_the_first_accelerator_empty_if_it_can(self) -> None:
+        plan = make_plan(spec(*LAYERS), Hardware({f"cuda:{i}": 1000 for i in range(3)}, 0), "balanced_low_0")
+        assert plan.used == {"cuda:1": 300, "cuda:2": 300}
+
+    def test_balanced_low_0_gives_the_first_only_what_the_others_cannot_take(self) -> None:
+        plan = make_plan(spec(*LAYERS), Hardware({"cuda:0": 1000, "cuda:1": 400}, 0), "balanced_low_0")
+        assert plan.used == {"cuda:0": 200, "cuda:1": 400}
+
+
+class TestWithOffload:
+    def test_ram_keeps_room_for_the_largest_block_that_streams(self) -> None:
+        plan = make_plan(spec(*LAYERS), Hardware({}, 350))
+        assert list(homes(plan).values()).count(CPU) == 4  # two layers of two tensors, beside a ring of one
+        assert plan.ring == {CPU: 100} and plan.used[CPU] == 300
+
+    def test_an_accelerator_keeps_room_for_the_largest_block_that_streams(self) -> None:
+        plan = make_plan(spec(*LAYERS), Hardware({"cuda:0": 350}, 10_000))
+        assert plan.ring == {"cuda:0": 100} and plan.used["cuda:0"] == 300
+
+    def test_a_first_layer_larger_than_the_device_does_not_send_the_others_away(self) -> None:
+        model = spec(block("huge", 1000), *LAYERS)
+        plan = make_plan(model, Hardware({"cuda:0": 600}, 10_000))
+        assert {homes(plan)[f"layers.{i}.0.weight"] for i in range(6)} == {"cuda:0"}
+        huge = next(p for p in plan.placements if p.block.name == "huge")
+        assert huge.home == CPU and huge.at_home and huge.device == "cuda:0"
+
+    def test_only_the_largest_layer_fits(self) -> None:
+        plan = make_plan(spec(*LAYERS), Hardware({"cuda:0": 100}, 10_000))
+        assert set(homes(plan).values()) == {CPU} and plan.ring == {"cuda:0": 100}
+
+    def test_a_block_larger_than_the_device_is_cut_at_its_leaves(self) -> None:
+        plan = make_plan(spec(*LAYERS), Hardware({"cuda:0": 80}, 10_000))
+        assert all(p.block.part_of for p in plan.placements)
+        assert_within_budget(plan)
+
+    def test_one_giant_that_stays_resident_shrinks_the_ring(self) -> None:
+        model = spec(block("giant", 500), *LAYERS)
+        plan = make_plan(model, Hardware({"cuda:0": 700}, 10_000))
+        assert homes(plan)["giant.weight"] == "cuda:0" and plan.ring["cuda:0"] == 100
+
+    def test_rows_of_a_table_travel_not_the_table(self) -> None:
+        plan = make_plan(spec(block("embed", 5000, gathers=True), *LAYERS), Hardware({}, 300))
+        embed = plan.placements[0]
+        assert (embed.home, embed.at_home) == (DISK, True) and plan.ring == {CPU: 100}
+
+    def test_a_table_that_a_head_multiplies_with_needs_room_as_a_whole(self) -> None:
+        head = BlockSpec("head", (), whole=False, borrows=("embed.weight",))
+        model = spec(block("embed", 500, gathers=True), *LAYERS, head, ties={"head.weight": "embed.weight"})
+        with pytest.raises(BudgetError, match=r"'embed' alone needs 500 B \(500 bytes\)"):
+            make_plan(model, Hardware({}, 300))
+        assert_within_budget(make_plan(model, Hardware({}, 600)))
+
+    def test_a_budget_below_the_largest_layer_everywhere_names_it_and_the_budgets(self) -> None:
+        with pytest.raises(BudgetError, match=r"alone needs 60 B .* cuda:0: 50 B, cpu: 40 B"):
+            make_plan(spec(*LAYERS), Hardware({"cuda:0": 50}, 40))
+
+    def test_buffers_stay_on_the_device_that_computes_with_them(self) -> None:
+        layers = [BlockSpec(f"l{i}", (tensor(f"l{i}.w", 90), tensor(f"l{i}.b", 10, True)), whole=False) for i in range(4)]
+        plan = make_plan(spec(*layers), Hardware({"cuda:0": 240}, 1000))
+        assert_within_budget(plan)
+        assert plan.used["cuda:0"] >= 40
+
+    def test_the_first_value_of_the_map_is_a_device_that_computes(self) -> None:
+        plan = make_plan(spec(*LAYERS), Hardware({}, 120))
+        assert next(iter(plan.device_map.values())) == CPU
+        plan = make_plan(spec(*LAYERS), Hardware({"cuda:0": 100}, 150), map_value=lambda d: 0 if d == "cuda:0" else d)
+        assert next(iter(plan.device_map.values())) == 0
+
+
+def random_instance(rng: random.Random) -> tuple[ModelSpec, Hardware]:
+    blocks = []
+    for i in range(rng.randint(1, 12)):
+        sizes = [rng.randint(1, 50) for _ in range(rng.randint(1, 4))]
+        blocks.append(block(f"b{i}", *sizes, gathers=len(sizes) == 1 and rng.random() < 0.3))
+    total = sum(b.nbytes for b in blocks)
+    devices = {f"cuda:{i}": rng.randint(1, total) for i in range(rng.randint(0, 3))}
+    return spec(*blocks), Hardware(devices, rng.randint(1, total))
+
+
+@pytest.mark.parametrize("strategy", ["auto", "balanced", "balanced_low_0", "sequential"])
+def test_random_instances_place_every_tensor_once_within_every_budget(strategy: str) -> None:
+    rng = random.Random(7)
+    planned = 0
+    for _ in range(1500):
+        model, hardware = random_instance(rng)
+        try:
+            plan = make_plan(model, hardware, strategy)
+        except BudgetError:
+            assert hardware.ram < model.nbytes  # else it would simply rest there
+            continue
+        planned += 1
+        names = [t.name for p in plan.placements for t in p.block.tensors]
+        assert sorted(names) == sorted(t.name for b in model.blocks for t in b.tensors)
+        assert_within_budget(plan)
+    assert planned > 1000
+
+
+def test_the_same_inputs_give_the_same_plan() -> None:
+    rng = random.Random(3)
+    for _ in range(50):
+        model, hardware = random_instance(rng)
+        try:
+            assert make_plan(model, hardware) == make_plan(model, hardware)
+        except BudgetError:
+            continue
+
+
+class TestFollowingAMap:
+    def test_homes_are_the_maps(self) -> None:
+        plan = follow_map(spec(*LAYERS), lambda n: DISK if n.startswith("layers.1.") else CPU, CPU, Hardware({}, 1000))
+        assert {n for n, home in homes(plan).items() if home == DISK} == {"layers.1.0.weight", "layers.1.1.weight"}
+        assert plan.ring == {CPU: 100}
+
+    def test_a_block_that_the_map_splits_is_cut_at_its_leaves(self) -> None:
+        plan = follow_map(spec(*LAYERS), lambda n: DISK if n == "layers.1.1.weight" else CPU, CPU, Hardware({}, 1000))
+        assert [p.home for p in plan.placements if p.block.part_of == "layers.1"] == [CPU, DISK]
+        assert plan.ring == {CPU: 40}
+
+    def test_offloaded_blocks_run_on_the_main_device(self) -> None:
+        plan = follow_map(spec(*LAYERS), lambda n: CPU, "cuda:0", Hardware({"cuda:0": 1000}, 1000))
+        assert {p.device for p in plan.placements} == {"cuda:0"} and plan.streams
+
+
+def test_compress_names_the_highest_module_that_agrees() -> None:
+    homes = {"a.0.w": 0, "a.0.b": 0, "a.1.w": 1, "b.w": 1, "b.c.w": 1}
+    assert compress(homes) == {"a.0": 0, "a.1": 1, "b": 1}
+    assert compress({"a.w": 0, "b.w": 0}) == {"": 0}
