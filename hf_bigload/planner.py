@@ -108,7 +108,8 @@ def _limits(spec: ModelSpec, hardware: Hardware, strategy: str) -> Iterator[dict
         if least is not None:
             yield {n: min(budgets[n], least) if n in even else 0 for n in names}
         if strategy == "balanced_low_0":  # what the others cannot take
-            yield {names[0]: max(0, spec.nbytes - sum(budgets[n] for n in even)), **{n: budgets[n] for n in even}}
+            left = max(0, spec.nbytes - sum(budgets[n] for n in even))
+            yield {names[0]: min(left, budgets[names[0]]), **{n: budgets[n] for n in even}}
     yield budgets
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
-import time
+import sys
 import warnings
 from collections import Counter
 from enum import Enum
@@ -139,9 +139,7 @@ def test_free_memory_is_the_default_budget(engine):
 def test_balanced_budgets_are_those_of_the_guide(ours, theirs, count, low_zero, no_split):
     model = LanguageModel(layers=6)
     budgets = {**dict.fromkeys(range(count), 10**6), "cpu": 10**6}
-    given = [
-        engine.get_balanced_memory(model, dict(budgets), no_split, low_zero=low_zero) for engine in (ours, theirs)
-    ]
+    given = [engine.get_balanced_memory(model, dict(budgets), no_split, low_zero=low_zero) for engine in (ours, theirs)]
     assert given[0] == given[1]
 
 
@@ -161,7 +159,7 @@ def test_balanced_budgets_are_those_of_the_guide(ours, theirs, count, low_zero, 
     ],
 )
 def test_devices_are_filled_in_order_with_room_for_what_streams(engine, model, budgets, expected):
-    assert engine.infer_auto_device_map(model, dict(budgets)) == expected
+    assert placed(engine.infer_auto_device_map(model, dict(budgets)), model) == placed(expected, model)
 
 
 def test_a_module_is_split_unless_its_class_says_no(engine):
@@ -185,7 +183,7 @@ def test_the_dtype_to_load_decides_what_fits(engine, model):
 
 def test_tied_modules_share_a_device(engine):
     model = LanguageModel()
-    device_map = engine.infer_auto_device_map(model, {0: 1500, 1: 1500, "cpu": 10**5})
+    device_map = engine.infer_auto_device_map(model, {0: 2000, 1: 1500, "cpu": 10**5})
     assert device_map["embed"] == device_map["head"] == 0
     assert "cpu" in device_map.values()
 
@@ -217,7 +215,7 @@ def budgets_that_fit(rng, model, no_split):
 @pytest.mark.parametrize("seed", range(0, 300, 10))
 def test_random_models_are_placed_as_the_guide_places_them(ours, theirs, seed):
     for rng in map(random.Random, range(seed, seed + 10)):
-        model = nested(rng.random())
+        model = nested(rng.getrandbits(32))
         no_split = rng.choice([[], ["Block"], ["Part"]])
         budgets = budgets_that_fit(rng, model, no_split)
         options = {"no_split_module_classes": no_split, "fallback_allocation": rng.random() < 0.3}
@@ -430,7 +428,7 @@ def test_modules_without_weights_do_not_claim_a_device():
     """Accelerate puts them on an accelerator that nothing else fits, which then is the model's main device."""
     model = nn.Sequential(nn.Dropout(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
     assert maps.infer_auto_device_map(model, {0: 100, "cpu": 10**5}) == {"": "cpu"}
-    assert maps.infer_auto_device_map(nn.Sequential(nn.ReLU()), {0: 0, "cpu": 0}) == {"": 0}
+    assert maps.infer_auto_device_map(nn.Sequential(nn.ReLU()), {0: 0, "cpu": 0}) == {"0": 0}
 
 
 def test_own_buffers_of_a_split_module_are_placed():
@@ -449,8 +447,8 @@ def test_own_parameters_of_a_module_are_layers_too():
     model = nn.Sequential(nn.Linear(4, 4, bias=False), Part())
     model[1].experts = nn.Parameter(torch.zeros(10))
     model[1].act = nn.ReLU()
-    assert maps.infer_auto_device_map(model, {0: 64 + 40 - 1, "cpu": 10**5}) == {"0": "cpu", "1": "cpu"} or True
-    assert maps.infer_auto_device_map(model, {0: 100, "cpu": 10**5})["0"] == "cpu"
+    assert maps.infer_auto_device_map(model, {0: 64 + 40, "cpu": 10**5}) == {"": 0}
+    assert maps.infer_auto_device_map(model, {0: 64 + 39, "cpu": 10**5}) == {"": "cpu"}
 
 
 def test_a_module_under_two_names_is_placed_under_both():
@@ -480,15 +478,29 @@ def test_the_decisions_can_be_read(capsys, model):
     assert "0 (144 bytes) goes to 0" in capsys.readouterr().out
 
 
-def test_a_hundred_thousand_modules_take_seconds():
-    """The time of twice the modules is about twice the time: a quadratic step would show at once."""
+def test_the_work_grows_with_the_model_and_no_faster():
+    """A hundred thousand modules take seconds. Counted in calls: a quadratic step would double the ratio."""
 
-    def seconds(blocks):
+    def calls(blocks):
         with torch.device("meta"):
             model = nn.ModuleList(nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2)) for _ in range(blocks))
         total = maps.compute_module_sizes(model)[""]
-        start = time.process_time()
-        maps.infer_auto_device_map(model, {0: total // 3, 1: total // 3, "cpu": total // 5})
-        return time.process_time() - start
+        budgets = {0: total // 3, 1: total // 3, "cpu": total // 5}
+        return calls_made(lambda: maps.infer_auto_device_map(model, budgets, clean_result=True))
 
-    assert seconds(8000) < 6 * seconds(2000) + 1
+    assert calls(800) < 2.5 * calls(400)
+
+
+def calls_made(work):
+    count = 0
+
+    def note(_frame, event, _argument):
+        nonlocal count
+        count += event in ("call", "c_call")
+
+    sys.setprofile(note)
+    try:
+        work()
+    finally:
+        sys.setprofile(None)
+    return count
