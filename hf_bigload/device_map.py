@@ -396,13 +396,15 @@ class _Allocation:
         together = self._tied_with(node)
         size = sum(each.size for each in together)
         room = self._room_besides(node)
-        if size == 0 == self.taken[self._device]:
-            self._weightless.append(node)  # where the next that has weights goes
-        elif size <= room:
+        if size == 0 and self.taken[self._device] == 0:
+            self._weightless.append(node)  # goes where the next one with weights goes
+            return
+        if size <= room:
             self._place(together)
-        elif self._splits_tied(node, together[1:], room) or self._splits(node) or self._falls_back(node, size):
-            pass
-        elif self._can_never_be_here(together):
+            return
+        if self._splits_tied(node, together[1:], room) or self._splits(node) or self._falls_back(node, size):
+            return
+        if self._can_never_be_here(together):
             self._say(f"{node.name} ({size} bytes) is larger than {self._device}: left for a later device")
             self._too_large.append(node)
         else:

@@ -4,7 +4,9 @@
 
 What streams needs room where it lands. So the planner first tries to stream nothing; then it tries each block size as
 the largest that may stream (the ring), keeps whatever is larger resident, and takes the ring that leaves the most bytes
-resident. A block that fits nowhere is cut into its leaves; a leaf larger than the device is computed where it rests.
+resident. The last blocks stay resident first: where blocks do not run equally often, it is the decoder's, which come
+last, that run once per token. A block that fits nowhere is cut into its leaves; a leaf larger than the device is
+computed where it rests.
 """
 
 from __future__ import annotations
@@ -44,7 +46,10 @@ def make_plan(
     if strategy not in STRATEGIES:
         raise ValueError(f"device_map={strategy!r}: choose one of {', '.join(STRATEGIES)}, a device, or a dict.")
     resident = _resident(spec, hardware, strategy)
-    placements = resident if resident is not None else _Offload(spec, hardware, offload_buffers).placements()
+    if resident is None:
+        placements = _Offload(spec, hardware, offload_buffers, last_first=strategy != "sequential").placements()
+    else:
+        placements = resident
     main = next(iter(hardware.devices), CPU)
     return _finish(spec, placements, main, hardware, offload_buffers, map_value)
 
@@ -166,8 +171,9 @@ class _Choice:
 class _Offload:
     """Accelerators first, then RAM, then disk, with room kept for what streams."""
 
-    def __init__(self, spec: ModelSpec, hardware: Hardware, offload_buffers: bool) -> None:
+    def __init__(self, spec: ModelSpec, hardware: Hardware, offload_buffers: bool, last_first: bool) -> None:
         self.spec, self.hardware, self.offload_buffers = spec, hardware, offload_buffers
+        self.step = -1 if last_first else 1
         self.main = next(iter(hardware.devices), CPU)
         self.on_cpu = self.main == CPU
         self.limit = hardware.ram if self.on_cpu else hardware.devices[self.main]
@@ -227,11 +233,12 @@ class _Offload:
         return unit.nbytes - (self._kept_buffers(unit) if device == self.main else 0)
 
     def _fill_first(self, must: list[bool], budgets: dict[str, int]) -> list[str | None]:
-        """Those that must be resident before the others, each group in module order."""
+        """Those that must be resident before the others; contiguous over the devices, from the end or the beginning."""
         homes: list[str | None] = [None] * len(self.units)
         for wanted in (True, False):
-            group = [i for i, m in enumerate(must) if m is wanted]
-            filled = _fill([self.units[i] for i in group], budgets, self._size_on)
+            group = [i for i, m in enumerate(must) if m is wanted][:: self.step]
+            in_order = dict(list(budgets.items())[:: self.step])
+            filled = _fill([self.units[i] for i in group], in_order, self._size_on)
             for i, home in zip(group, filled, strict=True):
                 homes[i] = home
                 if home is not None:
@@ -257,15 +264,15 @@ class _Offload:
         return max(candidates, key=lambda chosen: sum(u.nbytes for u, c in zip(units, chosen, strict=True) if c))
 
     def _with_staging(self, units: Sequence[BlockSpec], staging: int) -> list[bool] | None:
-        """In RAM: all that `staging` bytes cannot pass, then what else fits, in module order."""
+        """In RAM: all that `staging` bytes cannot pass, then what else fits."""
         chosen = [self._arrival(u) > staging for u in units]
         left = self.hardware.ram - staging - sum(u.nbytes for u, c in zip(units, chosen, strict=True) if c)
         if left < 0:
             return None
-        for i, unit in enumerate(units):
-            if not chosen[i] and unit.nbytes <= left:
+        for i in range(len(units))[:: self.step]:
+            if not chosen[i] and units[i].nbytes <= left:
                 chosen[i] = True
-                left -= unit.nbytes
+                left -= units[i].nbytes
         return chosen
 
     def _refusal(self, units: Sequence[BlockSpec]) -> BudgetError:

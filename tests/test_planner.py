@@ -187,3 +187,11 @@ def test_compress_names_the_highest_module_that_agrees() -> None:
     homes = {"a.0.w": 0, "a.0.b": 0, "a.1.w": 1, "b.w": 1, "b.c.w": 1}
     assert compress(homes) == {"a.0": 0, "a.1": 1, "b": 1}
     assert compress({"a.w": 0, "b.w": 0}) == {"": 0}
+
+
+def test_the_decoder_which_runs_once_per_token_is_resident_before_the_encoder() -> None:
+    encoder = [block(f"encoder.{i}", 60, 40) for i in range(4)]
+    decoder = [block(f"decoder.{i}", 60, 40) for i in range(4)]
+    for hardware in (Hardware({}, 500), Hardware({"cuda:0": 500}, 10_000)):
+        plan = make_plan(spec(*encoder, *decoder), hardware)
+        assert {p.block.name for p in plan.placements if not p.streamed_bytes} == {d.name for d in decoder}
