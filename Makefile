@@ -17,7 +17,7 @@ help:
 	@echo "make test-slow  those that take minutes or gigabytes"
 	@echo "make check      ruff, mypy and import-linter"
 	@echo "make format     let ruff rewrite what it can"
-	@echo "make bench      T0 with weights on disk, beside a plain load (BENCH_MODEL=t0_3b for real sizes)"
+	@echo "make bench      T0 with weights on disk, beside a plain load (real sizes: BENCH_MODEL=t0_3b BENCH_MEMORY=cpu=2GB)"
 	@echo "make clean      remove caches and the benchmark's checkpoint; the environment stays"
 
 install: $(STAMP)
@@ -46,12 +46,12 @@ check: $(STAMP)
 	$(BIN)/lint-imports --no-logo
 
 format: $(STAMP)
-	$(BIN)/ruff check --fix .
+	$(BIN)/ruff check --fix-only .
 	$(BIN)/ruff format .
 
 # More in benchmarks/README.md.
 BENCH_MODEL ?= t0_3b_tiny
-BENCH_MEMORY ?= cpu=1GB
+BENCH_MEMORY ?= cpu=300KB
 BENCH_FOLDER ?= build/bench/$(BENCH_MODEL)
 
 $(BENCH_FOLDER)/config.json: | $(STAMP)

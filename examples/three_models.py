@@ -20,14 +20,14 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 def main() -> None:
-    device = torch.accelerator.current_accelerator() or torch.device("cpu")  # without one, nothing has to move
     torch.manual_seed(0)
-    plain = [nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh()) for _ in range(3)]
+    models = [nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh()) for _ in range(3)]
 
-    # Each model is told whose place it takes.
-    encoder, encoder_hook = hf_bigload.cpu_offload_with_hook(plain[0], device)
-    refiner, refiner_hook = hf_bigload.cpu_offload_with_hook(plain[1], device, prev_module_hook=encoder_hook)
-    decoder, decoder_hook = hf_bigload.cpu_offload_with_hook(plain[2], device, prev_module_hook=refiner_hook)
+    # Each model is told whose place it takes. They run on the accelerator, unless `execution_device` names another
+    # device; on a machine that has none they run on the CPU, and nothing has to move.
+    encoder, encoder_hook = hf_bigload.cpu_offload_with_hook(models[0])
+    refiner, refiner_hook = hf_bigload.cpu_offload_with_hook(models[1], prev_module_hook=encoder_hook)
+    decoder, decoder_hook = hf_bigload.cpu_offload_with_hook(models[2], prev_module_hook=refiner_hook)
 
     with torch.no_grad():
         x = encoder(torch.ones(1, WIDTH))

@@ -23,8 +23,9 @@ SHARDS = 8
 BUDGET = 0.4
 """Of a model's bytes, allowed in RAM: resident weights and what the others stream through."""
 
-BUDGETED, ON_DISK = "40%", "disk"
-PLACEMENTS = (BUDGETED, ON_DISK)
+BUDGETED, ON_DISK, ALTERNATE = "40%", "disk", "alternate"
+PLACEMENTS = (BUDGETED, ON_DISK, ALTERNATE)
+"""A budget of RAM, nothing in RAM, and every second weight in it: blocks whose weights rest in two places."""
 
 EQUAL = ""
 
@@ -53,11 +54,14 @@ class Record:
         return not self.not_built and all(found == EQUAL for found in self.differences.values())
 
 
-def compare(which: Architecture, folder: Path, engine: str = "hf_bigload") -> Record:
-    """Save a random model to `folder`, load it plainly and under each placement, and compare.
+def compare(
+    which: Architecture, folder: Path, engine: str = "hf_bigload", dtype: torch.dtype = torch.float32
+) -> Record:
+    """Save a random fp32 model to `folder`, load it plainly and under each placement, and compare.
 
     Args:
         engine: "hf_bigload", or "stock": the same calls with Transformers and Accelerate alone, at the budget only.
+        dtype: what it is loaded in.
     """
     record = Record(which.name, which.model_class.__name__)
     with _reproducible():
@@ -69,7 +73,7 @@ def compare(which: Architecture, folder: Path, engine: str = "hf_bigload") -> Re
         except Exception as error:  # noqa: BLE001  the library's, for whatever reason: nothing to compare
             record.not_built = _told(error)
             return record
-        plain = which.auto.from_pretrained(folder).eval()
+        plain = which.auto.from_pretrained(folder, dtype=dtype).eval()
         record.nbytes = bytes_of(plain)
         expected = compute(which, plain)
         record.generates = expected.tokens is not None
@@ -124,7 +128,7 @@ def _difference(
 ) -> str:
     try:
         with hf_bigload.enable() if engine == "hf_bigload" else contextlib.nullcontext():
-            model = which.auto.from_pretrained(folder, **_placed(placement, folder, bytes_of(plain))).eval()
+            model = which.auto.from_pretrained(folder, dtype=plain.dtype, **_placed(placement, folder, plain)).eval()
         found = _outputs_differ(expected, compute(which, model))
         if found == EQUAL and engine == "hf_bigload":
             found = _weights_differ(plain, model) or _outputs_differ(expected, compute(which, model))
@@ -133,14 +137,23 @@ def _difference(
         return _told(error)
 
 
-def _placed(placement: str, folder: Path, nbytes: int) -> dict[str, Any]:
+def _placed(placement: str, folder: Path, plain: PreTrainedModel) -> dict[str, Any]:
     if placement == ON_DISK:
         return {"device_map": {"": "disk"}}
+    if placement == ALTERNATE:
+        return {"device_map": {"": "cpu", **_every_second_on_disk(plain)}}
     return {
         "device_map": "auto",
-        "max_memory": {"cpu": int(nbytes * BUDGET)},
+        "max_memory": {"cpu": int(bytes_of(plain) * BUDGET)},
         "offload_folder": str(folder / "offload"),
     }
+
+
+def _every_second_on_disk(model: PreTrainedModel) -> dict[str, str]:
+    """Tied names go together."""
+    order = {id(parameter): position for position, parameter in enumerate(model.parameters())}
+    named = model.named_parameters(remove_duplicate=False)
+    return {name: "disk" for name, parameter in named if order[id(parameter)] % 2}
 
 
 def _outputs_differ(expected: Computed, got: Computed) -> str:

@@ -68,6 +68,9 @@ PATCHES: Mapping[str, Mapping[str, Any]] = {
         "moe_intermediate_size": 32,
     },
     "gemma4_unified_text": _GEMMA4,
+    "gemma4_vision": {"position_embedding_size": 16},
+    "gemma4_unified_vision": {"patch_size": 4, "mm_embed_dim": 64, "mm_posemb_size": 16, "output_proj_dims": 64},
+    "gemma4_unified_audio": {"audio_embed_dim": 64},
     "gpt_neo": {"attention_types": [[["global", "local"], 3]], "window_size": 4},
     "granite_speech_encoder": _GRANITE_SPEECH,
     "granite_speech_plus_encoder": _GRANITE_SPEECH,
@@ -84,8 +87,19 @@ PATCHES: Mapping[str, Mapping[str, Any]] = {
     },
     "jamba": {"attn_layer_period": 3, "attn_layer_offset": 1},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 3},
+    "blip_2_qformer": {"encoder_hidden_size": 64},
+    "fuyu": {"patch_size": 8},
+    "gemma3": {"mm_tokens_per_image": 4},
+    "glmasr_encoder": {"intermediate_size": 256},
+    "got_ocr2_vision": {"image_size": 128, "output_channels": 16, "window_size": 4},
+    "t5gemma2_encoder": {"mm_tokens_per_image": 4},
+    "voxtral": {"audio_token_id": 95},
+    "voxtral_encoder": {"intermediate_size": 256},
+    "siglip_vision_model": {"image_size": 32},
+    "git_vision_model": {"image_size": 32},
     "longcat_flash": {"head_dim": 8, "zero_expert_num": 2},
     "mamba2": {"num_heads": 8},
+    "minimax": {"block_size": 8},
     "ministral": {"head_dim": 16},
     "nemotron": {"num_key_value_heads": 2},
     "nemotron3_diarization": {"head_config": {"audio_hidden_size": 64}},
@@ -148,8 +162,8 @@ WHOLE: Mapping[str, Build] = {
 }
 """Configurations that have to be put together by hand, by architecture."""
 
-BY_CLASS = frozenset({"causal:musicgen", "causal:musicgen_melody"})
-"""Architectures that an Auto class lists and cannot build: their own class loads them."""
+BY_CLASS = frozenset({"causal:emu3", "causal:mllama", "causal:musicgen", "causal:musicgen_melody"})
+"""Architectures that an Auto class lists, and cannot load from what they save: their own class can."""
 
 GENERATE: Mapping[str, Mapping[str, Any] | None] = {
     "causal:blt": None,
@@ -160,26 +174,150 @@ GENERATE: Mapping[str, Mapping[str, Any] | None] = {
 """What `generate` needs to be told, by architecture; None: the library cannot generate with it alone."""
 
 
-def _spoken(config: Any, inputs: Inputs) -> Inputs:
-    frames = inputs["input_ids"].shape[1] * config.audio_length_per_tok
-    return {"input_ids": inputs["input_ids"], "input_features": torch.randn(2, config.audio_config.num_mel_bins, frames)}
-
-
-def _codebooks(config: Any, inputs: Inputs) -> Inputs:
-    return {"input_ids": inputs["input_ids"].repeat_interleave(config.num_codebooks, dim=0)}
+# ---------------------------------------------------------------- what a forward takes besides words
 
 
 def _uncached(_config: Any, inputs: Inputs) -> Inputs:
     return {**inputs, "use_cache": False}
 
 
-PROMPTS: Mapping[str, int] = {"seq2seq:voxtral_realtime": 4}
-"""Tokens to generate from, by architecture, where not all of the input: speech has to be left to transcribe."""
+def _codebooks(config: Any, inputs: Inputs) -> Inputs:
+    return {"input_ids": inputs["input_ids"].repeat_interleave(config.num_codebooks, dim=0)}
+
+
+def _described_codebooks(config: Any, inputs: Inputs) -> Inputs:
+    return {**_codebooks(config, inputs), "encoder_hidden_states": torch.randn(2, 5, 64)}
+
+
+def _encoded(_config: Any, inputs: Inputs) -> Inputs:
+    """A decoder with nothing to attend to would leave its cross-attention out."""
+    return {**inputs, "encoder_hidden_states": torch.randn(2, 5, 64)}
+
+
+def _heard(_config: Any, inputs: Inputs) -> Inputs:
+    return {**inputs, "encoder_outputs": (torch.randn(2, 5, 64),)}
+
+
+def _seen(_config: Any, inputs: Inputs) -> Inputs:
+    return {**inputs, "cross_attention_states": torch.randn(2, 6, 64)}
+
+
+def _streamed(config: Any, inputs: Inputs) -> Inputs:
+    frames = inputs["input_ids"].shape[1] * config.audio_length_per_tok
+    return {"input_ids": inputs["input_ids"], "input_features": torch.randn(2, config.audio_config.num_mel_bins, frames)}
+
+
+def _behind(inputs: Inputs, token: int, count: int) -> Inputs:
+    """The words behind `count` placeholders."""
+    words = inputs["input_ids"]
+    return {**inputs, "input_ids": torch.cat([torch.full((len(words), count), token), words], dim=1)}
+
+
+def _picture(config: Any, inputs: Inputs) -> Inputs:
+    size = config.vision_config.image_size
+    return {**inputs, "pixel_values": torch.randn(2, 3, size, size)}
+
+
+def _picture_of_four(config: Any, inputs: Inputs) -> Inputs:
+    return _behind(_picture(config, inputs), config.image_token_id, 4)
+
+
+def _encoder_picture(config: Any, inputs: Inputs) -> Inputs:
+    return _behind(_picture(config.encoder, inputs), config.image_token_index, 4)
+
+
+def _patches(config: Any, inputs: Inputs) -> Inputs:
+    return {**_behind(inputs, config.image_token_id, 4), "image_patches": torch.randn(2, 4, 3 * config.patch_size**2)}
+
+
+def _grid(height: int, width: int) -> torch.Tensor:
+    return torch.cartesian_prod(torch.arange(height), torch.arange(width)).repeat(2, 1, 1)
+
+
+def _picture_and_sound(config: Any, inputs: Inputs) -> Inputs:
+    """18 patches, of which 9 each make one token; 32 frames, 8 tokens."""
+    return {
+        **_behind(_behind(inputs, config.image_token_id, 2), config.audio_token_id, 8),
+        "pixel_values": torch.randn(2, 18, 3 * config.vision_config.patch_size**2),
+        "image_position_ids": _grid(3, 6),
+        "input_features": torch.randn(2, 32, 128),
+        "input_features_mask": torch.ones(2, 32, dtype=torch.bool),
+    }
+
+
+def _plain_picture_and_sound(config: Any, inputs: Inputs) -> Inputs:
+    return {
+        **_behind(_behind(inputs, config.image_token_id, 2), config.audio_token_id, 8),
+        "pixel_values": torch.randn(2, 2, 3 * config.vision_config.model_patch_size**2),
+        "image_position_ids": _grid(1, 2),
+        "input_features": torch.randn(2, 8, config.audio_config.audio_embed_dim),
+        "input_features_mask": torch.ones(2, 8, dtype=torch.bool),
+    }
+
+
+def _sound(tokens: int, frames: int = 128, bands: int = 128, mask: str = "") -> Callable[[Any, Inputs], Inputs]:
+    """A spectrogram of `bands` by `frames` that becomes `tokens` tokens."""
+
+    def inputs_of(config: Any, inputs: Inputs) -> Inputs:
+        made = {**_behind(inputs, config.audio_token_id, tokens), "input_features": torch.randn(2, bands, frames)}
+        made.pop("decoder_input_ids", None)  # these have a decoder only
+        return {**made, mask: torch.ones(2, frames, dtype=torch.long)} if mask else made
+
+    return inputs_of
+
+
+def _frames(config: Any, inputs: Inputs) -> Inputs:
+    return {
+        "input_ids": _behind(inputs, config.audio_token_id, 3)["input_ids"],
+        "input_features": torch.randn(2, 15, config.encoder_config.input_dim),
+    }
+
+
+def _long_frames(config: Any, inputs: Inputs) -> Inputs:
+    return {
+        **_behind(inputs, config.audio_config.audio_token_id, 4),
+        "audio_input_features": torch.randn(2, 32, config.audio_config.input_size),
+        "audio_embed_sizes": torch.tensor([4, 4]),
+    }
+
+
+def _wave(config: Any, inputs: Inputs) -> Inputs:
+    words = _behind(inputs, config.audio_token_id, 4)["input_ids"]
+    return {"input_ids": words, "input_values": torch.randn(2, 1, 64)}
+
+
+_DECODERS = "bart bigbird_pegasus blenderbot blenderbot-small marian mbart mvp pegasus plbart prophetnet trocr"
 
 INPUTS: Mapping[str, Callable[[Any, Inputs], Inputs]] = {
+    **{f"causal:{name}": _encoded for name in _DECODERS.split()},
     "causal:blt": _uncached,
-    "causal:musicgen": _codebooks,
+    "causal:fuyu": _patches,
+    "causal:gemma3": _picture_of_four,
+    "causal:gemma4": _picture_and_sound,
+    "causal:gemma4_unified": _plain_picture_and_sound,
+    "causal:git": _picture,
+    "causal:got_ocr2": _picture_of_four,
+    "causal:mllama": _seen,
+    "causal:moss_transcribe_diarize": _sound(16, bands=80, mask="input_features_mask"),
+    "causal:musicgen": _described_codebooks,
     "causal:musicgen_melody": _codebooks,
-    "seq2seq:voxtral_realtime": _spoken,
+    "causal:phi4_multimodal": _long_frames,
+    "causal:whisper": _heard,
+    "seq2seq:audioflamingo3": _sound(32, mask="input_features_mask"),
+    "seq2seq:glmasr": _sound(16, mask="input_features_mask"),
+    "seq2seq:granite_speech": _frames,
+    "seq2seq:granite_speech_plus": _frames,
+    "seq2seq:moss_transcribe_diarize": _sound(16, bands=80, mask="input_features_mask"),
+    "seq2seq:musicflamingo": _sound(32, mask="input_features_mask"),
+    "seq2seq:nemo_speechlm": _sound(16, mask="input_features_mask"),
+    "seq2seq:qwen2_audio": _sound(32, mask="feature_attention_mask"),
+    "seq2seq:qwen3_asr": _sound(13, frames=100, mask="input_features_mask"),
+    "seq2seq:t5gemma2": _encoder_picture,
+    "seq2seq:vibevoice_asr": _wave,
+    "seq2seq:voxtral": _sound(16),
+    "seq2seq:voxtral_realtime": _streamed,
 }
 """(configuration, token ids) -> what a forward takes, by architecture."""
+
+PROMPTS: Mapping[str, int] = {"seq2seq:voxtral_realtime": 4}
+"""Tokens to generate from, by architecture, where not all of the input: speech has to be left to transcribe."""

@@ -16,6 +16,7 @@ import torch
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     PreTrainedConfig,
@@ -115,7 +116,8 @@ def tiny_model(which: Architecture, seed: int = 0) -> PreTrainedModel:
     """A random model in evaluation mode. No weight keeps a value that another weight has too (no ones, no zeros)."""
     torch.manual_seed(seed)
     config = tiny_config(which.config_class, which.name)
-    model = (which.model_class(config) if which.name in BY_CLASS else which.auto.from_config(config)).eval()
+    owned = isinstance(config, which.model_class.config_class)
+    model = (which.model_class(config) if owned else _KINDS[which.kind][0].from_config(config)).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.is_floating_point():
@@ -182,10 +184,11 @@ def _small_parts(config_class: type[PreTrainedConfig]) -> dict[str, Any]:
     if not config_class.sub_configs:
         return {}
     whole = config_class()
-    parts = {name: getattr(whole, name, None) for name in config_class.sub_configs}
     given = {name: spec.init_kwargs for name, spec in config_class.sub_configs_defaults.items()}
-    return {
-        name: {**_small_fields(type(part), given.get(name)), "model_type": part.model_type}
-        for name, part in parts.items()
-        if isinstance(part, PreTrainedConfig)
-    }
+    parts = {}
+    for name, part_class in config_class.sub_configs.items():
+        part = getattr(whole, name, None)  # None: a part that models of this kind may lack
+        kind = type(part) if isinstance(part, PreTrainedConfig) else part_class
+        if kind is not AutoConfig:
+            parts[name] = {**_small_fields(kind, given.get(name)), "model_type": kind.model_type}
+    return parts

@@ -61,22 +61,25 @@ def devices(capacities: Sequence[int | None], *, hide_others: bool = False) -> I
         hide_others: let `torch.accelerator.device_count()` answer `len(capacities)`.
 
     Yields:
-        `torch.sim`. Afterwards all devices are there, and unlimited, again.
+        `torch.sim`. Afterwards devices are unlimited again, and as many of them are shown as before.
 
     Raises:
         ValueError: there are more capacities than devices.
     """
     sim = load()
-    if len(capacities) > sim.device_count():
-        raise ValueError(f"{len(capacities)} capacities for {sim.device_count()} devices: raise SIM_DEVICE_COUNT")
-    unlimited = [None] * sim.device_count()
-    _reset([*capacities, *unlimited[len(capacities) :]])
-    sim.set_visible_count(len(capacities) if hide_others else None)
+    shown_before = sim.set_visible_count(None)
+    count = sim.device_count()
+    unlimited = [None] * count
     try:
+        if len(capacities) > count:
+            raise ValueError(f"{len(capacities)} capacities for {count} devices: raise SIM_DEVICE_COUNT")
+        _reset([*capacities, *unlimited[len(capacities) :]])
+        sim.set_visible_count(len(capacities) if hide_others else None)
         yield sim
     finally:
         sim.set_visible_count(None)
         _reset(unlimited)
+        sim.set_visible_count(shown_before)
 
 
 def _reset(capacities: Sequence[int | None]) -> None:

@@ -44,12 +44,16 @@ def set_capacity(device: Device, nbytes: int | None) -> None:
     _sim.set_capacity(_index(device), nbytes)
 
 
-def set_visible_count(count: int | None) -> None:
-    """Let `device_count`, and so `torch.accelerator.device_count`, answer less than there are; None shows all."""
+def set_visible_count(count: int | None) -> int | None:
+    """Let `device_count`, and so `torch.accelerator.device_count`, answer less than there are; None shows all.
+
+    Returns what was set before.
+    """
     global _visible_count
     if count is not None and not 0 <= count <= _hardware_count():
         raise ValueError(f"there are {_hardware_count()} simulated devices (SIM_DEVICE_COUNT), {count} cannot be shown")
-    _visible_count = count
+    before, _visible_count = _visible_count, count
+    return before
 
 
 def set_async(on: bool) -> None:

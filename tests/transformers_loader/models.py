@@ -22,6 +22,7 @@ from transformers import (
 )
 
 import hf_bigload
+from hf_bigload import plugin
 
 VOCABULARY = 128
 LAYERS = 12  # so that one layer's name begins with another's: layers.1, layers.10
@@ -70,7 +71,7 @@ class Saved:
     """Of its weights in fp32, tied ones once."""
 
     def plain(self, **kwargs: Any) -> PreTrainedModel:
-        assert not hf_bigload.plugin.is_enabled()
+        assert not plugin.is_enabled()
         return self.auto.from_pretrained(self.folder, **kwargs)
 
     def load(self, placement: str | None = None, **kwargs: Any) -> Any:

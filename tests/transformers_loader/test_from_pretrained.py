@@ -7,14 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModel, AutoModelForCausalLM, GPT2LMHeadModel, LlamaForCausalLM, LlamaModel
+from transformers import AutoModelForCausalLM
 
 import hf_bigload
 
 from .models import (
     BUDGETED,
     CONFIGS,
-    DECODERS,
     LAYERS,
     OFFLOADED,
     ON_DISK,
@@ -22,8 +21,6 @@ from .models import (
     RESIDENT,
     Saved,
     assert_same_model,
-    base_model,
-    bytes_of,
     new_model,
 )
 
