@@ -10,7 +10,7 @@ import logging
 import os
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -46,6 +46,7 @@ logger = logging.getLogger(__name__)
 
 PathLike = str | os.PathLike[str]
 Classes = str | Sequence[str] | None
+ModelT = TypeVar("ModelT", bound=nn.Module)
 
 _loaded: weakref.WeakKeyDictionary[nn.Module, Materializer] = weakref.WeakKeyDictionary()
 """Models that `load_checkpoint_in_model` filled and `dispatch_model` has not seen yet: where their weights rest."""
@@ -55,7 +56,7 @@ _loaded: weakref.WeakKeyDictionary[nn.Module, Materializer] = weakref.WeakKeyDic
 
 
 def load_checkpoint_and_dispatch(
-    model: nn.Module,
+    model: ModelT,
     checkpoint: PathLike,
     device_map: Any = None,
     max_memory: Mapping[int | str, int | str] | None = None,
@@ -70,7 +71,7 @@ def load_checkpoint_and_dispatch(
     strict: bool = False,
     full_state_dict: bool = True,
     broadcast_from_rank0: bool = False,
-) -> nn.Module:
+) -> ModelT:
     """Load a checkpoint into `model` (on meta, usually) as a plan says, and make it run over that plan.
 
     Args:
@@ -342,7 +343,7 @@ def _replace(model: nn.Module, names: Sequence[str], old: torch.Tensor, value: t
 
 
 def dispatch_model(
-    model: nn.Module,
+    model: ModelT,
     device_map: Any,
     main_device: Any = None,
     state_dict: Mapping[str, torch.Tensor] | None = None,
@@ -352,7 +353,7 @@ def dispatch_model(
     skip_keys: Classes = None,
     preload_module_classes: Classes = None,
     force_hooks: bool = False,
-) -> nn.Module:
+) -> ModelT:
     """Put the weights of `model` where `device_map` says, and make it run over that.
 
     Args:
@@ -375,12 +376,12 @@ def dispatch_model(
 
 
 def cpu_offload(
-    model: nn.Module,
+    model: ModelT,
     execution_device: Any = None,
     offload_buffers: bool = False,
     state_dict: Mapping[str, torch.Tensor] | None = None,
     preload_module_classes: Classes = None,
-) -> nn.Module:
+) -> ModelT:
     """Keep all weights of `model` in RAM; each block comes to `execution_device` while it runs.
 
     `execution_device` defaults to where the model is now. `state_dict` gives values for weights on meta.
@@ -397,12 +398,12 @@ def cpu_offload(
 
 
 def disk_offload(
-    model: nn.Module,
+    model: ModelT,
     offload_dir: PathLike | None = None,
     execution_device: Any = None,
     offload_buffers: bool = False,
     preload_module_classes: Classes = None,
-) -> nn.Module:
+) -> ModelT:
     """Keep all weights of `model` on disk; each block is read when it runs, on `execution_device`.
 
     `offload_dir` holds them already (with its `index.json`), or is where they are written to; a managed cache if None.
@@ -419,8 +420,8 @@ def disk_offload(
 
 
 def cpu_offload_with_hook(
-    model: nn.Module, execution_device: Any = None, prev_module_hook: UserCpuOffloadHook | None = None
-) -> tuple[nn.Module, UserCpuOffloadHook]:
+    model: ModelT, execution_device: Any = None, prev_module_hook: UserCpuOffloadHook | None = None
+) -> tuple[ModelT, UserCpuOffloadHook]:
     """Keep `model` in RAM until it is called, then on `execution_device` until its hook's `offload()`.
 
     With the hook of the model that runs before it in a loop as `prev_module_hook`, that model goes back to RAM first.

@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -29,6 +29,7 @@ from .skeleton import LoadedAs, model_spec
 from .specs import CPU, DISK, LoadRequest, ModelSpec, Plan
 
 logger = logging.getLogger(__name__)
+ModelT = TypeVar("ModelT", bound=nn.Module)
 
 
 def plan_model(
@@ -92,12 +93,12 @@ def _warn_unknown_modules(model: nn.Module, device_map: Mapping[str, str]) -> No
 
 
 def dispatch(
-    model: nn.Module,
+    model: ModelT,
     plan: Plan,
     materializer: Materializer | None = None,
     skip_keys: Sequence[str] = (),
     force_hooks: bool = False,
-) -> nn.Module:
+) -> ModelT:
     """Make `model`, whose weights rest where `plan` says, run over it."""
     _settle_buffers(model, plan)
     rings = {torch_device(name): size for name, size in plan.ring.items()}
@@ -107,7 +108,8 @@ def dispatch(
     if materializer is not None:
         materializer.register(executor, (*model.parameters(), *model.buffers()))
     keep_alive = () if materializer is None else materializer.keep_alive
-    return attach(model, plan, executor, skip_keys, keep_alive, force_hooks)
+    attach(model, plan, executor, skip_keys, keep_alive, force_hooks)
+    return model
 
 
 def _several_places(plan: Plan) -> bool:
@@ -196,4 +198,3 @@ def _by_part(sizes: Mapping[str, int]) -> dict[str, int]:
         part = name.partition(".")[0]
         parts[part] = parts.get(part, 0) + size
     return parts
-

@@ -131,6 +131,10 @@ class _Step:
 class _DeferredInit(TorchDispatchMode):
     """Runs what touches large fresh tensors on meta, and remembers how."""
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # else torch wraps the dispatch, and the wrapper imports the compiler: a second, for nothing
+
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]

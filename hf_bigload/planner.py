@@ -69,8 +69,8 @@ def follow_map(
     placements = []
     for block in spec.blocks:
         homes = {home_of(t.name) for t in block.tensors}
-        for unit in block.parts if len(homes) > 1 and block.whole else (block,):
-            placements.append(_as_mapped(unit, home_of, main_device))
+        cut = block.whole and (len(homes) > 1 or (homes <= {CPU, DISK} and is_mostly_tables(block)))
+        placements += [_as_mapped(unit, home_of, main_device) for unit in (block.parts if cut else (block,))]
     return _finish(spec, placements, main_device, hardware, offload_buffers, map_value)
 
 
@@ -80,6 +80,11 @@ def _as_mapped(block: BlockSpec, home_of: Callable[[str], str], main: str) -> Pl
     device = next((h for h in homes.values() if h not in (CPU, DISK)), main)
     exceptions = {name: h for name, h in homes.items() if h != home}
     return Placement(block, home, device, at_home=_gathers_at(block, home, device), exceptions=exceptions)
+
+
+def is_mostly_tables(block: BlockSpec) -> bool:
+    """Whether cutting a block at its leaves spares more than half of what would travel: tables are gathered."""
+    return block.whole and 2 * sum(part.nbytes for part in block.parts if part.gathers) > block.nbytes
 
 
 def _gathers_at(block: BlockSpec, home: str, device: str) -> bool:
@@ -195,7 +200,8 @@ class _Offload:
         """The blocks, or the leaves of those that need more than `limit` bytes at once."""
         units: list[BlockSpec] = []
         for block in self.spec.blocks:
-            units += block.parts if block.whole and self._arrival(block) > limit else (block,)
+            cut = block.whole and (self._arrival(block) > limit or is_mostly_tables(block))
+            units += block.parts if cut else (block,)
         return tuple(units)
 
     def _arrival(self, unit: BlockSpec) -> int:

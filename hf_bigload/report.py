@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable
+import sys
+from collections.abc import Sequence
 from itertools import groupby
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -48,7 +50,14 @@ def _order(device: str) -> tuple[int, str]:
     return ({CPU: 1, DISK: 2}.get(device, 0), device)
 
 
-def _as_text(tables: Iterable[Table]) -> str:
+def _as_text(tables: Sequence[Table]) -> str:
+    """For wherever the text goes: a pipe or terminal without the characters of a drawn box gets plain ones."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    try:
+        "┏━┓│".encode(encoding)
+    except UnicodeEncodeError:
+        for table in tables:
+            table.box = box.ASCII2
     console = Console(file=io.StringIO(), width=110, force_terminal=False)
     for table in tables:
         console.print(table)

@@ -14,6 +14,11 @@ from examples import three_models
 from tests import simdev
 
 ROOT = Path(__file__).parents[1]
+OFFLINE = {
+    "PYTHONPATH": str(ROOT),
+    "HF_HUB_OFFLINE": "1",
+    "TORCHINDUCTOR_CACHE_DIR": os.path.join(os.environ["HF_HOME"], "inductor"),  # torch makes it when it is imported
+}
 
 PROMISES = {
     "guide_meta_model.py": ["100\\.0 billion parameters", "every parameter is on the meta device: True"],
@@ -63,7 +68,7 @@ def run(folder: Path, script: str, *arguments: str) -> str:
     done = subprocess.run(
         [sys.executable, str(ROOT / "examples" / script), *arguments],
         cwd=folder,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "TMPDIR": str(folder)},
+        env=os.environ | OFFLINE | {"TMPDIR": str(folder)},
         capture_output=True,
         text=True,
         timeout=120,

@@ -59,7 +59,9 @@ def write(folder: Path, **files: str) -> None:
 
 
 class TestContainers:
-    def test_a_version_1_limit_counts_clean_file_pages_as_free(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_version_1_limit_counts_clean_file_pages_as_free(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         write(
             tmp_path / "memory/job",
             memory__limit_in_bytes="4000",
@@ -71,7 +73,9 @@ class TestContainers:
         assert (4000, 1000) in hardware.container_limits()
         assert hardware.free_ram() == 3000
 
-    def test_a_version_2_limit_above_this_group_counts_too(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_version_2_limit_above_this_group_counts_too(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         stat = "inactive_file 0\nactive_file 0\n"
         write(tmp_path / "a", memory__max="5000", memory__current="1000", memory__stat=stat)
         write(tmp_path / "a/b", memory__max="max", memory__current="900", memory__stat=stat)

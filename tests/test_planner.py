@@ -117,7 +117,9 @@ class TestWithOffload:
             make_plan(spec(*LAYERS), Hardware({"cuda:0": 50}, 40))
 
     def test_buffers_stay_on_the_device_that_computes_with_them(self) -> None:
-        layers = [BlockSpec(f"l{i}", (tensor(f"l{i}.w", 90), tensor(f"l{i}.b", 10, True)), whole=False) for i in range(4)]
+        layers = [
+            BlockSpec(f"l{i}", (tensor(f"l{i}.w", 90), tensor(f"l{i}.b", 10, True)), whole=False) for i in range(4)
+        ]
         plan = make_plan(spec(*layers), Hardware({"cuda:0": 240}, 1000))
         assert_within_budget(plan)
         assert plan.used["cuda:0"] >= 40

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import functools
 import sys
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -46,8 +48,10 @@ class Call:
     options: Mapping[str, Any]
     claimed: bool = False
     dtype: torch.dtype | None = None
+    device_map: Any = None
     plan: Plan | None = None
     materializer: Materializer | None = None
+    loaded: bool = False
     dispatched: bool = False
 
 
@@ -81,9 +85,7 @@ class TransformersLoader:
                 load_pretrained_model,
             ),
             Seam(_MODELING, "accelerate_dispatch", ("model", "hf_quantizer", "device_map"), accelerate_dispatch),
-            Seam(_MODELING, f"{model}.save_pretrained", ("save_directory",), save_pretrained),
             Seam(_MODELING, "revert_weight_conversion", ("model", "state_dict"), revert_weight_conversion),
-            Seam(_MODELING, f"{model}.resize_token_embeddings", ("new_num_tokens",), resize_token_embeddings),
             PropertySeam(_MODELING, "ModuleUtilsMixin.device", device),
             *_hook_names(),
         ]
@@ -179,6 +181,7 @@ def _plan(call: Call, model: Any, device_map: Any, max_memory: Any, hf_quantizer
         skip_keys=_skip_keys(model),
     )
     ties = dict(getattr(model, "all_tied_weights_keys", None) or {})
+    call.device_map = device_map
     call.plan = flow.plan_model(model, request, ties, _loaded_as(model, call, hf_quantizer))
     if hf_quantizer is not None:
         return _quantized_map(call.plan, hf_quantizer)
@@ -240,21 +243,12 @@ def _load(
     expected_keys: Any = None,
 ) -> Any:
     call = _ours()
-    dispatched = attachment_of(model)
-    if call is not None and call.materializer is not None and call.plan is not None:
-        source = Source.open(state_dict, checkpoint_files)
-        call.materializer.stamp(source.index.stamps)
-        return load_weights(model, source, load_config, call.materializer), None
-    if dispatched is not None:  # an adapter for a model that is dispatched already: small, and in memory
-        source = Source.open(state_dict, checkpoint_files)
-        materializer = Materializer(_in_memory(dispatched.plan), source.index.stamps)
-        return load_weights(model, source, load_config, materializer), None
-    return wrapped(model, state_dict, checkpoint_files, load_config, expected_keys)
-
-
-def _in_memory(plan: Plan) -> Plan:
-    """What the plan does not know rests in its main device's memory; so does everything under this one."""
-    return Plan((), {}, plan.main_device, plan.budget, {}, {})
+    if call is None or call.materializer is None or call.loaded:  # loaded already: what comes now is an adapter
+        return wrapped(model, state_dict, checkpoint_files, load_config, expected_keys)
+    call.loaded = True
+    source = Source.open(state_dict, checkpoint_files)
+    call.materializer.stamp(source.index.stamps)
+    return load_weights(model, source, load_config, call.materializer), None
 
 
 # ---------------------------------------------------------------- the dispatch
@@ -278,6 +272,10 @@ def _dispatch(call: Call, model: Any) -> None:
     assert call.plan is not None
     call.dispatched = True
     flow.dispatch(model, call.plan, call.materializer, _skip_keys(model))
+    if attachment_of(model) is None and not isinstance(call.device_map, str):
+        del model.hf_device_map  # whole on the one device that was asked for: like the library's, a plain model
+    else:
+        _settle_in(model)
 
 
 # ---------------------------------------------------------------- a dispatched model in the library's hands
@@ -298,18 +296,6 @@ def add_hook(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[st
     if not any("_hf_hook" in each.__dict__ for each in module.modules()):
         return module
     return wrapped(*args, **kwargs)
-
-
-def save_pretrained(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """All weights are real, so the library saves the model as a resident one, if it does not see the map."""
-    if attachment_of(instance) is None:
-        return wrapped(*args, **kwargs)
-    device_map = instance.__dict__.pop("hf_device_map", None)
-    try:
-        return wrapped(*args, **kwargs)
-    finally:
-        if device_map is not None:
-            instance.hf_device_map = device_map
 
 
 def revert_weight_conversion(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -335,21 +321,64 @@ def _everything_on_disk(plan: Plan) -> Plan:
     return Plan((), {}, DISK, plan.budget, {}, {})
 
 
-def resize_token_embeddings(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    with _names_provided(instance):
-        return wrapped(*args, **kwargs)
+# ---------------------------------------------------------------- what a device map would lead astray
+
+
+def _settle_in(model: Any) -> None:
+    """Have `model` go on working with a device map that the library takes for Accelerate's, also after `disable`."""
+    for name, context in (
+        ("save_pretrained", _map_hidden),  # it would convert shard by shard, which weights in several shards do not survive
+        ("load_adapter", _map_hidden),  # it would offload the adapter
+        ("resize_token_embeddings", _hooks_attached_here),
+    ):
+        model.__dict__[name] = functools.partial(_call_within, context, model, name)
+    if model.config.is_encoder_decoder and model.can_generate():
+        encoder = model.get_encoder()  # `generate` gives it a hook of Accelerate's, unless it has one
+        if "_hf_hook" not in encoder.__dict__:
+            add_hook_to_module(encoder, AlignDevicesHook())
+
+
+def _call_within(context: Any, model: Any, name: str, *args: Any, **kwargs: Any) -> Any:
+    with context(model):
+        return getattr(type(model), name).__get__(model)(*args, **kwargs)
 
 
 @contextlib.contextmanager
-def _names_provided(model: nn.Module) -> Iterator[None]:
-    """Some model files, too, have `add_hook_to_module` only with Accelerate, and need it while they resize."""
-    modules = [sys.modules[cls.__module__] for cls in type(model).__mro__ if cls.__module__ in sys.modules]
-    lacking = [m for m in modules if hasattr(m, "is_accelerate_available") and not hasattr(m, "add_hook_to_module")]
-    for module in lacking:
-        module.add_hook_to_module = add_hook_to_module  # type: ignore[attr-defined]
+def _map_hidden(model: Any) -> Iterator[None]:
+    """All weights are real, and the library treats them so if it does not see the map."""
+    device_map = model.__dict__.pop("hf_device_map", None)
     try:
         yield
     finally:
-        for module in lacking:
-            vars(module).pop("add_hook_to_module", None)
+        if device_map is not None:
+            model.hf_device_map = device_map
 
+
+_attaching = threading.RLock()
+
+
+@contextlib.contextmanager
+def _hooks_attached_here(model: nn.Module) -> Iterator[None]:
+    """Hooks of ours that the library carries over to a new module are attached by us.
+
+    The files of the library and of a model have `add_hook_to_module` from Accelerate, or not at all.
+    """
+    modules = {sys.modules[cls.__module__] for cls in type(model).__mro__ if cls.__module__ in sys.modules}
+    with _attaching:
+        theirs = {m: vars(m).get("add_hook_to_module") for m in modules if hasattr(m, "is_accelerate_available")}
+        for module, original in theirs.items():
+            module.add_hook_to_module = functools.partial(_attach, original)  # type: ignore[attr-defined]
+        try:
+            yield
+        finally:
+            for module, original in theirs.items():
+                if original is None:
+                    del module.add_hook_to_module  # type: ignore[attr-defined]
+                else:
+                    module.add_hook_to_module = original  # type: ignore[attr-defined]
+
+
+def _attach(theirs: Any, module: nn.Module, hook: Any, append: bool = False) -> nn.Module:
+    if isinstance(hook, ModelHook):
+        return add_hook_to_module(module, hook, append)
+    return theirs(module, hook, append)

@@ -212,9 +212,9 @@ def reverted_in_groups(
     result: dict[str, torch.Tensor] = {}
     for names in _convertible_groups(model, state_dict):
         part = {name: state_dict[name] for name in names}
-        given = {tensor.data_ptr() for tensor in part.values()}
+        given = {(tensor.data_ptr(), tensor.shape) for tensor in part.values()}
         for name, tensor in revert(model, part).items():
-            result[name] = tensor if tensor.data_ptr() in given else keep(name, tensor)
+            result[name] = tensor if (tensor.data_ptr(), tensor.shape) in given else keep(name, tensor)
     return result
 
 

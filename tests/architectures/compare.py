@@ -8,12 +8,15 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
 import hf_bigload
+from hf_bigload.dispatch import ring
+from hf_bigload.specs import CPU, DISK
 
 from .patches import GENERATE, PROMPTS
 from .tiny import Architecture, tiny_inputs, tiny_model
@@ -130,8 +133,9 @@ def _difference(
         with hf_bigload.enable() if engine == "hf_bigload" else contextlib.nullcontext():
             model = which.auto.from_pretrained(folder, dtype=plain.dtype, **_placed(placement, folder, plain)).eval()
         found = _outputs_differ(expected, compute(which, model))
-        if found == EQUAL and engine == "hf_bigload":
-            found = _weights_differ(plain, model) or _outputs_differ(expected, compute(which, model))
+        if engine == "hf_bigload":
+            found = found or _misplaced(model, placement, bytes_of(plain)) or _weights_differ(plain, model)
+            found = found or _outputs_differ(expected, compute(which, model))
         return found
     except Exception as error:  # noqa: BLE001  the record is what is wanted of it
         return _told(error)
@@ -139,12 +143,12 @@ def _difference(
 
 def _placed(placement: str, folder: Path, plain: PreTrainedModel) -> dict[str, Any]:
     if placement == ON_DISK:
-        return {"device_map": {"": "disk"}}
+        return {"device_map": {"": DISK}}
     if placement == ALTERNATE:
-        return {"device_map": {"": "cpu", **_every_second_on_disk(plain)}}
+        return {"device_map": {"": CPU, **_every_second_on_disk(plain)}}
     return {
         "device_map": "auto",
-        "max_memory": {"cpu": int(bytes_of(plain) * BUDGET)},
+        "max_memory": {CPU: int(bytes_of(plain) * BUDGET)},
         "offload_folder": str(folder / "offload"),
     }
 
@@ -153,7 +157,17 @@ def _every_second_on_disk(model: PreTrainedModel) -> dict[str, str]:
     """Tied names go together."""
     order = {id(parameter): position for position, parameter in enumerate(model.parameters())}
     named = model.named_parameters(remove_duplicate=False)
-    return {name: "disk" for name, parameter in named if order[id(parameter)] % 2}
+    return {name: DISK for name, parameter in named if order[id(parameter)] % 2}
+
+
+def _misplaced(model: PreTrainedModel, placement: str, nbytes: int) -> str:
+    """A comparison of two models in RAM would prove nothing."""
+    plan = hf_bigload.inspect(model).plan
+    if DISK not in plan.devices:
+        return "nothing rests on disk"
+    if placement == BUDGETED and plan.used[CPU] > nbytes * BUDGET:
+        return f"{plan.used[CPU]} bytes in RAM, of {nbytes} in all"
+    return EQUAL
 
 
 def _outputs_differ(expected: Computed, got: Computed) -> str:
@@ -205,13 +219,13 @@ def _told(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def _reproducible() -> Iterator[None]:
-    """One thread, no gradients, a quiet library; as it was before, afterwards."""
+    """One thread, no gradients, slots that do not keep what they held, a quiet library; all as before, afterwards."""
     threads, verbosity = torch.get_num_threads(), logging.get_verbosity()
     torch.set_num_threads(1)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        with torch.no_grad(), torch.random.fork_rng():
+        with torch.no_grad(), torch.random.fork_rng(), mock.patch.object(ring, "POISON", True):
             yield
     finally:
         torch.set_num_threads(threads)

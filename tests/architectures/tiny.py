@@ -133,7 +133,16 @@ def tiny_inputs(which: Architecture, model: PreTrainedModel, seed: int = 0) -> d
     if which.kind == "seq2seq":
         inputs["decoder_input_ids"] = words.flip(1)
     make = INPUTS.get(which.name)
-    return inputs if make is None else make(model.config, inputs)
+    return _as_computed(inputs if make is None else make(model.config, inputs), model.dtype)
+
+
+def _as_computed(value: Any, dtype: torch.dtype) -> Any:
+    """Pictures and sounds in the dtype of the weights that they meet."""
+    if isinstance(value, torch.Tensor):
+        return value.to(dtype) if value.is_floating_point() else value
+    if isinstance(value, dict):
+        return {name: _as_computed(inner, dtype) for name, inner in value.items()}
+    return tuple(_as_computed(inner, dtype) for inner in value) if isinstance(value, tuple) else value
 
 
 def tiny_config(config_class: type[PreTrainedConfig], name: str = "") -> PreTrainedConfig:

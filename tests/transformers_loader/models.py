@@ -14,6 +14,7 @@ from transformers import (
     AutoModelForSeq2SeqLM,
     BartConfig,
     GPT2Config,
+    HrmTextConfig,
     LlamaConfig,
     MixtralConfig,
     PreTrainedConfig,
@@ -44,6 +45,7 @@ def _configs() -> dict[str, PreTrainedConfig]:
         "mixtral": MixtralConfig(
             **_DECODER, intermediate_size=48, num_hidden_layers=3, num_key_value_heads=2, num_local_experts=4
         ),
+        "hrm_text": HrmTextConfig(**_DECODER, intermediate_size=48, num_hidden_layers=2, head_dim=8, L_cycles=2),
         "t5": T5Config(**t5, feed_forward_proj="gated-gelu", tie_word_embeddings=False),
         "bart": BartConfig(
             **_ENCODER_DECODER, **bart_layers, max_position_embeddings=128,
@@ -55,6 +57,8 @@ def _configs() -> dict[str, PreTrainedConfig]:
 CONFIGS = _configs()
 DECODERS = ("llama", "gpt2", "mixtral")
 ENCODER_DECODERS = ("t5", "bart")
+FUSED = {"mixtral": "gate_up_proj", "hrm_text": "q_proj"}
+"""Models whose checkpoint has other tensors than they: many make one, or one makes many."""
 
 RESIDENT, BUDGETED, ON_DISK = "resident", "budgeted", "on disk"
 PLACEMENTS = (RESIDENT, BUDGETED, ON_DISK)

@@ -72,7 +72,9 @@ def test_a_complete_checkpoint(name: str, placement: str, saved: Any) -> None:
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
 @pytest.mark.parametrize(("base", "head"), [(LlamaModel, LlamaForCausalLM), (GPT2Model, GPT2LMHeadModel)])
-def test_a_head_over_the_checkpoint_of_a_base_model(base: Any, head: Any, placement: str, tmp_path: Path, saved: Any) -> None:
+def test_a_head_over_the_checkpoint_of_a_base_model(
+    base: Any, head: Any, placement: str, tmp_path: Path, saved: Any
+) -> None:
     source = saved("llama" if base is LlamaModel else "gpt2")
     base.from_pretrained(source.folder).save_pretrained(tmp_path, max_shard_size=60_000)
     info = assert_reported_alike(Saved(tmp_path, head, source.nbytes), placement)

@@ -38,6 +38,17 @@ def save_both(model: Any, expected: PreTrainedModel, folder: Path, **options: An
     return ours, theirs
 
 
+def assert_same_files(ours: Path, theirs: Path) -> None:
+    """The same texts and the same tensors, though perhaps in other shards."""
+    found, expected = written(ours), written(theirs)
+    assert found.keys() == expected.keys()
+    assert [name for name, tensor in expected.items() if not same(found[name], tensor)] == []
+    for text in ("config.json", "generation_config.json"):
+        assert (ours / text).read_text() == (theirs / text).read_text()
+    sizes = [json.loads(file.read_text())["metadata"] for file in (*ours.glob("*.index.json"), *theirs.glob("*.index.json"))]
+    assert sizes in ([], sizes[:1] * 2)
+
+
 @pytest.mark.parametrize("enabled", [True, False], ids=["enabled", "disabled"])
 @pytest.mark.parametrize("shard", SHARDS)
 @pytest.mark.parametrize("placement", PLACEMENTS)
@@ -45,15 +56,13 @@ def save_both(model: Any, expected: PreTrainedModel, folder: Path, **options: An
 def test_the_same_files_are_written(
     name: str, placement: str, shard: int | None, enabled: bool, saved: Any, plain: Any, tmp_path: Path
 ) -> None:
-    model = saved(name).load(placement)
+    model, expected = saved(name).load(placement), plain(name)
     options = {} if shard is None else {"max_shard_size": shard}
     if enabled:
         hf_bigload.enable()
-    ours, theirs = save_both(model, plain(name), tmp_path, **options)
+    ours, theirs = save_both(model, expected, tmp_path, **options)
     hf_bigload.disable()
-    assert sorted(p.name for p in ours.iterdir()) == sorted(p.name for p in theirs.iterdir())
-    for file in theirs.iterdir():
-        assert (ours / file.name).read_bytes() == file.read_bytes(), file.name
+    assert_same_files(ours, theirs)
     assert_same_model(Saved(ours, saved(name).auto, 0).plain(), plain(name))
 
 
@@ -61,19 +70,15 @@ def test_the_same_files_are_written(
 def test_in_another_dtype_than_the_checkpoints(placement: str, saved: Any, plain: Any, tmp_path: Path) -> None:
     model = saved("mixtral").load(placement, dtype=torch.bfloat16)
     ours, theirs = save_both(model, plain("mixtral", torch.bfloat16), tmp_path, max_shard_size=20_000)
-    found, expected = written(ours), written(theirs)
-    assert found.keys() == expected.keys()
-    assert all(same(found[name], tensor) for name, tensor in expected.items())
+    assert_same_files(ours, theirs)
 
 
 @pytest.mark.parametrize("placement", OFFLOADED)
 def test_in_the_layout_of_the_model(placement: str, saved: Any, plain: Any, tmp_path: Path) -> None:
     model = saved("mixtral").load(placement)
     ours, theirs = save_both(model, plain("mixtral"), tmp_path, save_original_format=False)
-    found, expected = written(ours), written(theirs)
-    assert found.keys() == expected.keys()
-    assert any("gate_up_proj" in name for name in found)
-    assert all(same(found[name], tensor) for name, tensor in expected.items())
+    assert any("gate_up_proj" in name for name in written(ours))
+    assert_same_files(ours, theirs)
 
 
 @pytest.mark.parametrize("placement", OFFLOADED)
@@ -82,9 +87,7 @@ def test_a_state_dict_of_ones_own(placement: str, saved: Any, tmp_path: Path) ->
     for each, folder in ((model, "ours"), (expected, "theirs")):
         halved = {name: tensor / 2 for name, tensor in each.state_dict().items()}
         each.save_pretrained(tmp_path / folder, state_dict=halved)
-    found, wanted = written(tmp_path / "ours"), written(tmp_path / "theirs")
-    assert found.keys() == wanted.keys()
-    assert all(same(found[name], tensor) for name, tensor in wanted.items())
+    assert_same_files(tmp_path / "ours", tmp_path / "theirs")
 
 
 @pytest.mark.parametrize("placement", OFFLOADED)
@@ -103,7 +106,7 @@ def test_the_device_map_is_back_and_the_model_still_streams(
 def test_the_device_map_is_back_after_a_save_that_failed(llama: Saved, tmp_path: Path) -> None:
     model = llama.load(OFFLOADED[0])
     (tmp_path / "model.safetensors").mkdir()
-    with hf_bigload.enable(), pytest.raises(Exception, match="model.safetensors|directory"):
+    with hf_bigload.enable(), pytest.raises(Exception, match="directory"):
         model.save_pretrained(tmp_path)
     assert "disk" in model.hf_device_map.values()
 
