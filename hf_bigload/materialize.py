@@ -105,6 +105,7 @@ class Materializer:
             known = self._entries.get(tensor.data_ptr())
             if known is not None and known[0].shape == tensor.shape and known[0].dtype == tensor.dtype:
                 executor.on_disk[tensor] = DiskResident(known[1], known[0], tensor)
+                self.reader.open(known[1].file)  # so that the model outlives a save over its own checkpoint
         self._entries.clear()
 
     def _spilled(self, name: str, value: torch.Tensor) -> torch.Tensor:

@@ -111,30 +111,27 @@ def _resident(spec: ModelSpec, hardware: Hardware, strategy: str) -> list[Placem
 def _limits(spec: ModelSpec, hardware: Hardware, strategy: str) -> Iterator[dict[str, int]]:
     """Budgets to try in turn, from the most even to what the hardware has."""
     budgets = dict(hardware.devices)
-    names = list(budgets)
-    if strategy != "sequential" and len(names) > 1:
-        even = names[1:] if strategy == "balanced_low_0" else names
-        least = _least_even(spec.blocks, {n: budgets[n] for n in even})
-        if least is not None:
-            yield {n: min(budgets[n], least) if n in even else 0 for n in names}
-        if strategy == "balanced_low_0":  # what the others cannot take
-            left = max(0, spec.nbytes - sum(budgets[n] for n in even))
-            yield {names[0]: min(left, budgets[names[0]]), **{n: budgets[n] for n in even}}
+    first, *others = budgets
+    if strategy == "balanced_low_0" and others:
+        yield from _capped(spec.blocks, {**budgets, first: 0}, others)
+        yield from _capped(spec.blocks, budgets, [first])  # for what the others cannot take
+    elif strategy != "sequential" and others:
+        yield from _capped(spec.blocks, budgets, [first, *others])
     yield budgets
 
 
-def _least_even(blocks: Sequence[BlockSpec], budgets: dict[str, int]) -> int | None:
-    """The smallest bytes per device that a contiguous cut over these devices needs; None if they are too small."""
-    low, high = 0, max(budgets.values(), default=0)
+def _capped(blocks: Sequence[BlockSpec], budgets: dict[str, int], names: Sequence[str]) -> Iterator[dict[str, int]]:
+    """The budgets with the lowest cap on the devices `names` that a contiguous cut can keep; nothing if none can."""
     if not _fits(blocks, budgets):
-        return None
+        return
+    low, high = 0, max(budgets[name] for name in names)
     while low < high:
         middle = (low + high) // 2
-        if _fits(blocks, {n: min(b, middle) for n, b in budgets.items()}):
+        if _fits(blocks, {n: min(b, middle) if n in names else b for n, b in budgets.items()}):
             high = middle
         else:
             low = middle + 1
-    return high
+    yield {n: min(b, high) if n in names else b for n, b in budgets.items()}
 
 
 def _fits(blocks: Sequence[BlockSpec], budgets: dict[str, int]) -> bool:

@@ -276,14 +276,30 @@ def _member_start(file: BinaryIO, info: zipfile.ZipInfo) -> int:
     return info.header_offset + ZIP_LOCAL_HEADER.size + name_bytes + extra_bytes
 
 
+def load_bin(path: str) -> dict[str, torch.Tensor]:
+    """The tensors of a file that `read_bin` cannot read in place, in memory.
+
+    Raises:
+        CorruptShardError, CheckpointError: see `read_bin`.
+    """
+    return {name: value for name, value in _load(path, "cpu").items() if isinstance(name, str) and _is_tensor(value)}
+
+
 def _load_on_meta(path: str) -> Mapping[Any, Any] | None:
     """What the file holds, tensors without their bytes; None where torch has no such form of them."""
+    try:
+        return _load(path, "meta")
+    except (NotImplementedError, AssertionError):  # the latter: offsets could not be inferred
+        return None
+
+
+def _load(path: str, device: str) -> Mapping[Any, Any]:
     import torch
 
     try:
-        content = torch.load(path, map_location="meta", weights_only=True)
-    except (NotImplementedError, AssertionError):  # the latter: offsets could not be inferred
-        return None
+        content = torch.load(path, map_location=device, weights_only=True)
+    except (NotImplementedError, AssertionError):
+        raise
     except pickle.UnpicklingError as error:
         raise CheckpointError(_refusal(path, error)) from error
     except Exception as error:  # a damaged pickle makes torch raise nearly anything

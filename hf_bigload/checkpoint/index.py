@@ -123,13 +123,18 @@ def read_weight_map(index_file: str) -> dict[str, str]:
     weight_map = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index_file} has no weight_map, which tells the shard of each tensor.")
+    check_stays_inside(index_file, weight_map)
+    return weight_map
+
+
+def check_stays_inside(index_file: str, weight_map: Mapping[str, object]) -> None:
+    """Refuse an index that sends a reader out of its folder. Raises CheckpointError."""
     for name, shard in weight_map.items():
         if not isinstance(shard, str) or not _stays_inside(shard):
             raise CheckpointError(
                 f"{index_file} says that tensor {name!r} is in {shard!r}. A shard must be a file in the folder of its "
                 "index: use an index from a source you trust."
             )
-    return weight_map
 
 
 def _stays_inside(shard: str) -> bool:

@@ -107,8 +107,9 @@ def _round_up(nbytes: int) -> int:
 class Reader:
     """Reads extents with `threads` threads, `chunk` bytes at a time.
 
-    Every file is opened once, at its first read, and kept until `close()`: a file that replaces it under its path is
-    not read. With `stamps`, a file that is not the indexed one is refused, when it is opened and after every read.
+    Every file is opened once, by `open` or at its first read, and kept until `close()`: a file that replaces it under
+    its path is not read. With `stamps`, a file that is not the indexed one is refused, when it is opened and after
+    every read.
 
     Safe to use from several threads. A forked child gets threads of its own and repeats what was under way. A copy
     (`copy`, `pickle`) is a new reader with the same arguments, which opens the files for itself.
@@ -178,11 +179,23 @@ class Reader:
         for file in self._files.values():
             file.close()
 
+    def open(self, path: str) -> None:
+        """Open a file before its first read, so that a file which takes its place meanwhile is not read.
+
+        Raises:
+            MissingShardError, CheckpointChangedError: see `read`.
+        """
+        with self._pool.lock:
+            self._file(path)
+
+    def _file(self, path: str) -> _File:
+        if path not in self._files:
+            self._files[path] = _File(path, self._stamps.get(path))
+        return self._files[path]
+
     def _parts(self, job: _Job, extent: Extent) -> Iterator[_Part]:
         """Cut an extent into reads of whole pages."""
-        file = self._files.get(extent.file)
-        if file is None:
-            file = self._files[extent.file] = _File(extent.file, self._stamps.get(extent.file))
+        file = self._file(extent.file)
         shift = extent.at - extent.offset
         for begin in range(extent.offset - extent.offset % PAGE, extent.end, self._chunk):
             end = min(begin + self._chunk, extent.end)

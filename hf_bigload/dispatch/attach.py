@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,11 +15,11 @@ from torch import nn
 
 from ..errors import DoesNotFitError, human_bytes
 from ..hardware import free_by_accelerator, free_ram, map_value, torch_device
-from ..module_tensors import as_device
+from ..module_tensors import as_device, iter_hooks
 from ..skeleton import gathers
 from ..specs import CPU, DISK, Placement, Plan
-from .executor import CPU_DEVICE, Executor, Stats, unwatch, watch
-from .hooks import Forward, ModelHook, SequentialHook, add_hook_to_module, remove_hook_from_module
+from .executor import CPU_DEVICE, Executor, Scope, Stats, unwatch, watch
+from .hooks import Forward, ModelHook, SequentialHook, add_hook_to_module, remove_hook_from_module, untraced
 from .moving import find_device, send_to_device
 
 ATTRIBUTE = "_hf_bigload"
@@ -40,7 +42,7 @@ class Attachment:
         return self.executor.machine.stats
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Attachment:
-        return Attachment(self.plan, self.executor.__deepcopy__(memo))
+        return Attachment(self.plan, copy.deepcopy(self.executor, memo))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _nothing, ()  # a pickled model is unpickled as a plain one
@@ -82,10 +84,15 @@ class AlignDevicesHook(ModelHook):
         """Outputs go back to the device of the module that called."""
         self.skip_keys = list(skip_keys)
         self.io_same_device = io_same_device
+        """Outputs go back to the device of the inputs."""
 
     @property
     def execution_device(self) -> torch.device:
         return self.device
+
+    @property
+    def runs_on(self) -> torch.device:
+        return CPU_DEVICE if self.at_home else self.device
 
     def __repr__(self) -> str:
         return f"AlignDevicesHook(execution_device={self.device}, offload={self.offload})"
@@ -94,37 +101,42 @@ class AlignDevicesHook(ModelHook):
         return ModelHook, ()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> AlignDevicesHook:
-        copied = type(self).__new__(type(self))
-        memo[id(self)] = copied
-        copied.__dict__.update(self.__dict__)
-        if self.executor is not None:
-            copied.executor = memo.get(id(self.executor)) or self.executor.__deepcopy__(memo)
+        copied = memo[id(self)] = type(self).__new__(type(self))
+        copied.__dict__.update(self.__dict__, executor=copy.deepcopy(self.executor, memo))
         return copied
 
     def init_hook(self, module: nn.Module) -> nn.Module:
-        if self.executor is not None and self.executor.watching:
-            watch(module, self.executor)
+        if self.executor is None:
+            return module
+        for owner in self._owners(module) if self.executor.watching else ():
+            watch(owner, self.executor, self.runs_on)
+        if self.whole is not None:
+            _forget_homes(module)
+            module.register_state_dict_post_hook(_give_homes)
         return module
 
     def detach_hook(self, module: nn.Module) -> nn.Module:
-        for owner in module.modules() if self.whole else (module,):
+        for owner in self._owners(module):
             unwatch(owner)
+        _forget_homes(module)
         return module
 
+    def _owners(self, module: nn.Module) -> Iterable[nn.Module]:
+        return module.modules() if self.whole else (module,)
+
+    @untraced
     def run(self, module: nn.Module, forward: Forward, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         if self.executor is None:
             return forward(*args, **kwargs)
-        runs_on = CPU_DEVICE if self.at_home else self.device
         outputs_to = self._outputs_to(module, args, kwargs)
-        tensors = [] if self.whole is None else self.executor.tensors(module, self.whole)
-        scope = self.executor.enter(tensors, runs_on, self.at_home)
+        scope = Scope(self.executor, self.runs_on, lasting=not self.whole and bool(module._modules))
         try:
+            scope.enter(self._weights(module), self.at_home)
             if self.moves:
-                args = send_to_device(args, runs_on)
-                kwargs = send_to_device(kwargs, runs_on, skip_keys=self.skip_keys)
+                args = send_to_device(args, self.runs_on)
+                kwargs = send_to_device(kwargs, self.runs_on, skip_keys=self.skip_keys)
             with scope.guard():
-                output = forward(*args, **kwargs)
-            output = scope.keep(output)
+                output = scope.keep(forward(*args, **kwargs))
         finally:
             scope.leave()
         return output if outputs_to is None else send_to_device(output, outputs_to, skip_keys=self.skip_keys)
@@ -134,26 +146,37 @@ class AlignDevicesHook(ModelHook):
         """Within the context, the weights this hook leases are on `device` (by default where the module runs).
 
         What is written to them is kept.
+
+        Raises:
+            OffloadedWeightError: a forward that has not ended uses them on another device.
         """
         if self.executor is None or self.whole is None:
             yield
             return
-        there = self.device if device is None else as_device(device)
-        leased = self.executor.lease(self.executor.tensors(module, self.whole), there)
+        scope = Scope(self.executor, self.device if device is None else as_device(device))
         try:
+            self.executor.lease(scope, self._weights(module))
             yield
         finally:
-            self.executor.release(leased)
+            scope.leave()
+
+    def _weights(self, module: nn.Module) -> list[torch.Tensor]:
+        if self.executor is None or self.whole is None:
+            return []
+        return self.executor.tensors(module, self.whole, self.runs_on)
 
     def _outputs_to(self, module: nn.Module, args: Any, kwargs: Any) -> torch.device | None:
-        """Back to where the caller is, for the outermost module; a table's rows to the module that adds to them."""
-        if not self.moves:
+        """Back to the inputs' device for the model as a whole; to whoever called for a table, or a piece of a cut block.
+
+        Not to the inputs' device for whatever happens to be outermost: a block that a checkpoint runs again has to do
+        as it did within the model.
+        """
+        if not self.moves or self.executor is None:
             return None
-        assert self.executor is not None
-        outside = self.executor.scope_device()
-        if outside is None:
+        if self.io_same_device:
             return find_device([args, kwargs])
-        if self.returns or gathers(module):
+        outside = self.executor.scope_device()
+        if outside is not None and (self.returns or gathers(module)):
             return outside
         return self.device if self.at_home else None
 
@@ -175,6 +198,7 @@ def attach(
         return model
     moves = force_hooks or any(device not in (CPU, DISK) for device in plan.devices)
     hook = functools.partial(AlignDevicesHook, executor, moves=moves, skip_keys=skip_keys)
+    executor.name_of = functools.partial(_name_in, weakref.ref(model))
     _hook_blocks(model, plan, hook, moves)
     if moves:
         _hook_containers(model, plan, hook)
@@ -195,6 +219,7 @@ def _hook_blocks(model: nn.Module, plan: Plan, hook: Any, moves: bool) -> None:
             at_home=placement.at_home,
             returns=placement.block.part_of is not None,
             offload=leases,
+            io_same_device=not placement.block.name,
         )
         add_hook_to_module(model.get_submodule(placement.block.name), block_hook, append=True)
 
@@ -213,7 +238,15 @@ def _hook_containers(model: nn.Module, plan: Plan, hook: Any) -> None:
         if path not in blocks and type(module).forward is not nn.Module.forward:
             cut = placement.block.part_of
             inside_cut = cut is not None and path.startswith(f"{cut}.")
-            add_hook_to_module(module, hook(device=torch_device(placement.device), returns=inside_cut), append=True)
+            container = hook(device=torch_device(placement.device), returns=inside_cut, io_same_device=not path)
+            add_hook_to_module(module, container, append=True)
+
+
+def _name_in(model: weakref.ref[nn.Module], tensor: torch.Tensor) -> str:
+    """What a weight is called, for errors."""
+    root = model()
+    names = () if root is None else (*root.named_parameters(), *root.named_buffers())
+    return next((f"weight {name!r}" for name, each in names if each is tensor), "a weight")
 
 
 # ---------------------------------------------------------------- moving a dispatched model
@@ -224,7 +257,6 @@ def _guard(model: nn.Module) -> None:
     for name in _MOVERS:
         if hasattr(type(model), name):
             model.__dict__[name] = functools.partial(_move, model, name)
-    model.register_state_dict_post_hook(_give_homes)
 
 
 def _unguard(model: nn.Module) -> None:
@@ -232,17 +264,24 @@ def _unguard(model: nn.Module) -> None:
         model.__dict__.pop(name, None)
 
 
-def _give_homes(model: nn.Module, state_dict: dict[str, Any], prefix: str, _metadata: Any) -> None:
+def _give_homes(module: nn.Module, state_dict: dict[str, Any], prefix: str, _metadata: Any) -> None:
     """A state dict holds weights at rest, never a slot that another thread's forward is using."""
-    attachment = attachment_of(model)
-    if attachment is None:
+    hook = next((h for h in iter_hooks(module) if isinstance(h, AlignDevicesHook) and h.whole is not None), None)
+    if hook is None or hook.executor is None:
         return
-    for name, parameter in model.named_parameters(remove_duplicate=False):
+    recurse = bool(hook.whole)
+    buffers = module.named_buffers(recurse=recurse, remove_duplicate=False)
+    for name, tensor in (*module.named_parameters(recurse=recurse, remove_duplicate=False), *buffers):
         given = state_dict.get(prefix + name)
         if isinstance(given, torch.Tensor) and not isinstance(given, nn.Parameter):
-            home = attachment.executor.home(parameter)
+            home = hook.executor.home(tensor)
             if given.data_ptr() != home.data_ptr():
                 state_dict[prefix + name] = home
+
+
+def _forget_homes(module: nn.Module) -> None:
+    for key in [key for key, hook in module._state_dict_hooks.items() if hook is _give_homes]:
+        del module._state_dict_hooks[key]
 
 
 def _move(model: nn.Module, method: str, *args: Any, **kwargs: Any) -> nn.Module:
@@ -273,12 +312,13 @@ def settle(model: nn.Module, device: torch.device) -> None:
     attachment = attachment_of(model)
     assert attachment is not None
     tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
-    coming = [t for t in tensors.values() if t.device != device or t in attachment.executor.on_disk]
+    executor = attachment.executor
+    coming = [t for t in tensors.values() if executor.home(t).device != device or t in executor.on_disk]
     _check_room(coming, device)
     detach(model)
     with torch.inference_mode(False), torch.no_grad():
         for tensor in coming:
-            tensor.data = tensor.data.to(device, copy=True)
+            tensor.data = executor.home(tensor).to(device, copy=True)
     model.hf_device_map = {"": map_value(str(device))}  # type: ignore[assignment]
 
 

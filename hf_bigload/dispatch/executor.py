@@ -1,108 +1,108 @@
 """The streaming executor: weights are on their device while a thread is inside the block that uses them.
 
-A lease is taken when a block is entered and given back when it is left, however it is left. Leases count: while any
-thread is inside, the weights stay and their slot is not reused.
+A thread enters a module's forward by a `Scope`, which leases weights and gives them back when it is left, however it is
+left. Weights that came together are a `Fetch`. Leases count: while any thread is inside, the weights stay and their
+slot is not reused.
+
+A weight's data is in one place for all threads. Whoever needs it on another device meanwhile gets a *stand-in*: a copy
+that is handed out where the weight is read by name (`WatchedParameters`). So no thread ever waits for another's lease,
+with one exception, which cannot go round in a circle: see `Executor._wait_for_leaves`.
 """
 
 from __future__ import annotations
 
+import os
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
-from torch.autograd.graph import saved_tensors_hooks
+from torch.autograd.graph import increment_version, saved_tensors_hooks
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ..checkpoint.reader import Reader
 from ..errors import OffloadedWeightError
 from .moving import map_tensors
-from .residency import DiskResident, Residency, resting
-from .ring import Ring, Slot
+from .residency import CPU_DEVICE, Machine, MemoryResident, Residency, Stats, resting, version_of
+from .ring import Slot, address_of, span_bytes
 
-CPU_DEVICE = torch.device("cpu")
-
-
-@dataclass
-class Stats:
-    """What a dispatched model has moved so far, in bytes, and how often a block's weights had to come."""
-
-    bytes_read: int = 0
-    """From disk."""
-    bytes_copied: int = 0
-    """Between host and devices."""
-    fetches: int = 0
-
-
-class Machine:
-    """What residencies move bytes with: a reader for the files, a ring for each device, and the counters."""
-
-    def __init__(self, reader: Reader, ring_bytes: Mapping[torch.device, int]) -> None:
-        self.reader = reader
-        self.stats = Stats()
-        self._ring_bytes = dict(ring_bytes)
-        self._rings: dict[torch.device, Ring] = {}
-        self._lock = threading.Lock()
-
-    def ring(self, device: torch.device) -> Ring:
-        with self._lock:
-            if device not in self._rings:
-                self._rings[device] = Ring(device, self._ring_bytes.get(device, 0))
-            return self._rings[device]
-
-    @property
-    def rings(self) -> Mapping[torch.device, Ring]:
-        return self._rings
-
-    def close(self) -> None:
-        for ring in self._rings.values():
-            ring.close()
-        self.reader.close()
+__all__ = ["CPU_DEVICE", "Executor", "Machine", "Scope", "Stats", "unwatch", "watch"]
 
 
 @dataclass(eq=False)
-class _Item:
-    """One weight of a fetch: the tensor object, its data at rest, and the data it has while the fetch lasts."""
+class Item:
+    """One weight of a fetch."""
 
     tensor: torch.Tensor
     residency: Residency
-    rest: torch.Tensor
-    version: int
+    swaps: bool
+    """The tensor's own data is what arrived; otherwise a stand-in is handed to whoever reads the weight by name."""
+    leaf: torch.Tensor | None = None
+    """A view of the weight at home, for a stand-in whose gradient is the weight's."""
     arrived: torch.Tensor | None = None
+    version: int = 0
+    """Of what is used, when it arrived."""
+    stand_in: torch.Tensor | None = None
+
+    def appear(self) -> None:
+        """Let what arrived be used."""
+        assert self.arrived is not None
+        if self.swaps:
+            self.version = version_of(self.tensor)
+            self.tensor.data = self.arrived
+        elif self.leaf is None:
+            self.stand_in = self.arrived.data  # with a version of its own: those of a slot's views count together
+
+    def handed_out(self) -> torch.Tensor:
+        if self.swaps:
+            return self.tensor
+        if self.stand_in is None:
+            self.stand_in, self.leaf = _Onload.apply(self.leaf, self.arrived), None
+        assert self.stand_in is not None
+        return self.stand_in
+
+    def is_written(self) -> bool:
+        """Whether what was used was written to."""
+        used = self.tensor if self.swaps else self.stand_in
+        return used is not None and version_of(used) != self.version
 
 
 @dataclass(eq=False)
 class Fetch:
-    """Weights that came to a device together. Ends when the last thread that uses them leaves."""
+    """Weights that are on a device together. Ends when the last scope that uses them is left."""
 
     device: torch.device
-    items: list[_Item] = field(default_factory=list)
+    brought_by: Scope
+    items: list[Item] = field(default_factory=list)
     pinned: list[torch.Tensor] = field(default_factory=list)
     """Weights that are used where they rest, and must not be taken elsewhere meanwhile."""
     slots: list[Slot] = field(default_factory=list)
-    threads: list[int] = field(default_factory=list)
-    """One entry per lease: the thread that holds it."""
+    users: set[Scope] = field(default_factory=set)
     ready: threading.Event = field(default_factory=threading.Event)
-    error: BaseException | None = None
-    shadowed: dict[int, Fetch] = field(default_factory=dict)
-    """Leases of the same thread on another device that this fetch suspends, by tensor id."""
+    failed: bool = False
 
-    def wait(self) -> None:
+    def item_of(self, tensor: torch.Tensor) -> Item | None:
+        return next((item for item in self.items if item.tensor is tensor), None)
+
+    def arrived(self) -> bool:
+        """Wait until another thread has brought the weights; whether it could."""
         self.ready.wait()
-        if self.error is not None:
-            raise self.error
+        for slot in self.slots:
+            slot.joined()
+        return not self.failed
 
-    def find(self, data: torch.Tensor) -> _Item | None:
+    def find(self, data: torch.Tensor) -> Item | None:
         """The weight that `data`, somewhere in this fetch's slots, is a view of."""
         if not any(slot.covers(data) for slot in self.slots):
             return None
-        address = data.data_ptr()
+        address = address_of(data)
         for item in self.items:
-            if item.arrived is not None and 0 <= address - item.arrived.data_ptr() < span_bytes(item.arrived):
+            if item.arrived is not None and 0 <= address - address_of(item.arrived) < span_bytes(item.arrived):
                 return item
         return None
 
@@ -116,92 +116,125 @@ class Executor:
         self.watching = watching
         """Whether weights read outside their own module have to be noticed: they may be on another device."""
         self.on_disk: WeakIdKeyDictionary = WeakIdKeyDictionary()
-        self._live: dict[int, Fetch] = {}
+        self.name_of: Callable[[torch.Tensor], str] = lambda _tensor: "a weight"
+        """For errors."""
+        self._placed: dict[int, Fetch] = {}
+        """By tensor id: the fetch that says where a weight's data is."""
         self._changed = threading.Condition(threading.RLock())
-        self._local = _ThreadState()
+        self._thread = _Thread()
+        _EXECUTORS.add(self)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Executor:
         """A copied model has copies of the weights, in memory: it starts with nothing remembered and nothing leased."""
-        machine = Machine(Reader(), {d: ring.limit for d, ring in self.machine.rings.items()})
-        copied = memo[id(self)] = Executor(machine, self.offload_buffers, self.watching)
+        copied = memo[id(self)] = Executor(deepcopy(self.machine, memo), self.offload_buffers, self.watching)
         return copied
 
-    # ------------------------------------------------------------ what a block uses
-
-    def tensors(self, module: nn.Module, whole: bool) -> list[torch.Tensor]:
+    def tensors(self, module: nn.Module, whole: bool, device: torch.device) -> list[torch.Tensor]:
         """The weights of a block as they are now: adapters, resized and re-tied weights included."""
         found: dict[int, torch.Tensor] = {}
         for owner in module.modules() if whole else (module,):
             if self.watching:
-                watch(owner, self)
-            for parameter in dict.values(owner._parameters):
-                if parameter is not None:
-                    found.setdefault(id(parameter), parameter)
-            if self.offload_buffers:
-                found.update((id(b), b) for b in owner._buffers.values() if b is not None and id(b) not in found)
+                watch(owner, self, device)
+            held = [*dict.values(owner._parameters), *(dict.values(owner._buffers) if self.offload_buffers else ())]
+            found.update((id(tensor), tensor) for tensor in held if tensor is not None)
         return list(found.values())
 
     # ------------------------------------------------------------ leases
 
-    def lease(self, tensors: Iterable[torch.Tensor], device: torch.device, at_home: bool = False) -> list[Fetch]:
-        """Have `tensors` on `device` until `release`; `at_home` only keeps them where they rest, which is `device`.
+    def lease(self, scope: Scope, tensors: Iterable[torch.Tensor], at_home: bool = False) -> None:
+        """Have `tensors` on the scope's device until it is left; `at_home` only keeps them where they rest.
 
         Raises:
-            OffloadedWeightError: a tensor cannot travel.
+            OffloadedWeightError: a weight cannot travel.
             CheckpointError: the file it rests in changed or is damaged.
             torch.OutOfMemoryError: the device has no room for them.
         """
-        me = threading.get_ident()
-        mine = Fetch(device, threads=[me])
+        coming = {id(tensor): tensor for tensor in tensors if self._thread.find(tensor, scope.device) is None}
+        wanted = list(coming.values())
+        while wanted:
+            mine, joined = self._claim(scope, wanted, at_home)
+            try:
+                self._bring(mine, scope.lasting)
+                if all([fetch.arrived() for fetch in joined]):
+                    stand_ins = {id(item.tensor): item.handed_out() for item in mine.items}
+                    scope.held.update((id(tensor), stand_ins.get(id(tensor), tensor)) for tensor in wanted)
+                    return
+            except BaseException:
+                self._give_back(scope, [mine, *joined])
+                raise
+            self._give_back(scope, [mine, *joined])  # another thread could not bring its part: try for ourselves
+
+    def release(self, scope: Scope) -> None:
+        """Give back all that `scope` leased. Repeating it does no harm."""
+        self._give_back(scope, list(scope.fetches))
+
+    def _claim(self, scope: Scope, tensors: list[torch.Tensor], at_home: bool) -> tuple[Fetch, list[Fetch]]:
+        """A new fetch of what nobody has on the scope's device, and the fetches of others that bring the rest."""
+        mine, joined = Fetch(scope.device, scope), dict[int, Fetch]()
         with self._changed:
-            joined = self._join(tensors, mine, at_home)
-            for fetch in joined:
-                fetch.threads.append(me)
-        leased = [*joined, mine] if mine.items or mine.pinned else joined
-        try:
-            if mine.items:
-                self._bring(mine)
-            mine.ready.set()
-            for fetch in joined:
-                fetch.wait()
-        except BaseException:
-            self.release(leased)
-            raise
-        return leased
-
-    def _join(self, tensors: Iterable[torch.Tensor], mine: Fetch, at_home: bool) -> list[Fetch]:
-        """Fetches of others that already bring some of `tensors`; the rest is added to `mine`."""
-        joined: dict[int, Fetch] = {}
-        for tensor in tensors:
-            live = self._wait_while_elsewhere(tensor, mine.device)
-            if live is not None and live.device == mine.device:
-                if live is not mine:
+            self._wait_for_leaves(scope, tensors)
+            for tensor in tensors:
+                live = self._placed.get(id(tensor))
+                if live is not None and live.device == scope.device:
                     joined[id(live)] = live
-                continue
-            residency = self._residency(tensor)
-            travels = isinstance(residency, DiskResident) if not at_home else False
-            if travels or tensor.device != mine.device:
-                _check_can_travel(tensor)
-                mine.items.append(_Item(tensor, residency, tensor.data, tensor._version))
-            elif at_home:
-                mine.pinned.append(tensor)
-            else:
-                continue
-            if live is not None:
-                mine.shadowed[id(tensor)] = live
-            self._live[id(tensor)] = mine
-        return list(joined.values())
+                else:
+                    self._add(mine, tensor, live, scope, at_home)
+            for fetch in (*joined.values(), mine) if mine.items or mine.pinned else joined.values():
+                scope.fetches.append(fetch)  # first: what a scope does not know of, it cannot give back
+                fetch.users.add(scope)
+            for tensor in (*mine.pinned, *(item.tensor for item in mine.items if item.swaps)):
+                self._placed[id(tensor)] = mine
+        return mine, list(joined.values())
 
-    def _wait_while_elsewhere(self, tensor: torch.Tensor, device: torch.device) -> Fetch | None:
-        """The fetch `tensor` is in, once no *other* thread uses it on another device."""
-        me = threading.get_ident()
-        while True:
-            live = self._live.get(id(tensor))
-            if live is None or live.device == device or set(live.threads) == {me}:
-                return live
+    def _wait_for_leaves(self, scope: Scope, tensors: list[torch.Tensor]) -> None:
+        """A weight that gets a gradient is a leaf of the graph where it rests: wait for those who have it elsewhere.
+
+        Whoever waits here has no weight elsewhere that another thread could be waiting for, so all waiting ends.
+        """
+        if not (scope.is_entered and torch.is_grad_enabled()):
+            return
+        leaves = [tensor for tensor in tensors if tensor.requires_grad]
+        while any(self._is_away(tensor) for tensor in leaves):
+            if any(self._is_away(item.tensor) for s in self._thread.scopes for f in s.fetches for item in f.items):
+                raise OffloadedWeightError(
+                    f"{self._among(leaves)} needs a gradient while another thread, or the block around this one, uses "
+                    "it without gradients on another device. Train and infer with separate copies of the model."
+                )
             self._changed.wait()
 
-    def _residency(self, tensor: torch.Tensor) -> Residency:
+    def _is_away(self, tensor: torch.Tensor) -> bool:
+        live = self._placed.get(id(tensor))
+        item = None if live is None else live.item_of(tensor)
+        return item is not None and live is not None and item.residency.home.device != live.device
+
+    def _add(self, mine: Fetch, tensor: torch.Tensor, live: Fetch | None, scope: Scope, at_home: bool) -> None:
+        residency = self._residency(tensor, live)
+        rests_here = residency.home.device == mine.device
+        if live is None and rests_here and (at_home or not residency.streams):
+            if at_home or self.watching:
+                mine.pinned.append(tensor)
+            return
+        item = Item(tensor, residency, swaps=live is None and self._may_swap(tensor))
+        if scope.is_entered and torch.is_grad_enabled() and tensor.requires_grad and not rests_here:
+            item.swaps, item.leaf = False, tensor.view_as(tensor)
+        if rests_here and not item.swaps:
+            item.arrived = residency.home
+        else:
+            self._check_can_travel(tensor)
+        if not (item.swaps or scope.is_entered):
+            raise OffloadedWeightError(
+                f"{self._told(tensor)} is in use on {tensor.device}: wait until its forward ends."
+            )
+        mine.items.append(item)
+
+    def _may_swap(self, tensor: torch.Tensor) -> bool:
+        """Buffers are read without a lease where they rest, so none may be swapped away, unless all are leased."""
+        return isinstance(tensor, nn.Parameter) or self.offload_buffers
+
+    def _residency(self, tensor: torch.Tensor, live: Fetch | None) -> Residency:
+        item = None if live is None else live.item_of(tensor)
+        if item is not None:
+            return item.residency
         record = self.on_disk.get(tensor)
         if record is not None and record.is_current(tensor):
             return record
@@ -209,173 +242,213 @@ class Executor:
             del self.on_disk[tensor]
         return resting(tensor)
 
-    def _bring(self, fetch: Fetch) -> None:
-        try:
-            with _outside_autograd():
-                for kind in dict.fromkeys(type(item.residency) for item in fetch.items):
-                    group = [item for item in fetch.items if type(item.residency) is kind]
-                    arrived, slots = kind.bring([item.residency for item in group], fetch.device, self.machine)
-                    fetch.slots += slots
-                    for item, data in zip(group, arrived, strict=True):
-                        item.arrived = data
-                for item in fetch.items:
-                    item.tensor.data = item.arrived  # type: ignore[assignment]
-            self.machine.stats.fetches += 1
-        except BaseException as error:
-            fetch.error = error
-            raise
-        finally:
-            fetch.ready.set()
+    def _bring(self, fetch: Fetch, lasting: bool) -> None:
+        with _outside_autograd():
+            self._fill(fetch, lasting)
+            for item in fetch.items:
+                item.appear()
+        fetch.ready.set()
 
-    def release(self, fetches: Sequence[Fetch]) -> None:
-        """Give back what `lease` returned."""
-        me = threading.get_ident()
+    def _fill(self, fetch: Fetch, lasting: bool) -> None:
+        coming = [item for item in fetch.items if item.arrived is None]
+        for kind in dict.fromkeys(type(item.residency) for item in coming):
+            group = [item for item in coming if type(item.residency) is kind]
+            arrived, slots = kind.bring([item.residency for item in group], fetch.device, self.machine, lasting)
+            fetch.slots += slots
+            for item, data in zip(group, arrived, strict=True):
+                item.arrived = data
+        for slot in fetch.slots:
+            slot.filled()
+        if coming:
+            self.machine.stats.add(fetches=1)
+
+    def _give_back(self, scope: Scope, fetches: list[Fetch]) -> None:
         with self._changed:
             for fetch in fetches:
-                fetch.threads.remove(me)
-                if not fetch.threads:
+                for slot in fetch.slots:
+                    slot.left()
+                fetch.users.discard(scope)
+                if not fetch.users or (fetch.brought_by is scope and not fetch.ready.is_set()):
                     self._retire(fetch)
-            self._changed.notify_all()
+                if fetch in scope.fetches:
+                    scope.fetches.remove(fetch)
 
     def _retire(self, fetch: Fetch) -> None:
+        """End a fetch. Can be begun again where an interrupt stopped it."""
+        if not fetch.ready.is_set():
+            fetch.failed = True
         with _outside_autograd():
-            for item in fetch.items:
-                self._send_home(item, fetch)
-        for tensor in (*fetch.pinned, *(item.tensor for item in fetch.items)):
-            before = fetch.shadowed.get(id(tensor))
-            if before is not None:
-                self._live[id(tensor)] = before
-            else:
-                self._live.pop(id(tensor), None)
-        for slot in fetch.slots:
-            self.machine.ring(fetch.device).give(slot)
+            while fetch.items:
+                self._send_home(fetch.items[-1], fetch)
+                self._unplace(fetch.items[-1].tensor, fetch)
+                fetch.items.pop()
+        for tensor in fetch.pinned:
+            self._unplace(tensor, fetch)
+        while fetch.slots:
+            self.machine.ring(fetch.device).give(fetch.slots[-1])
+            fetch.slots.pop()
+        fetch.ready.set()
+        self._changed.notify_all()
 
-    def _send_home(self, item: _Item, fetch: Fetch) -> None:
-        tensor = item.tensor
-        if item.arrived is None or tensor.data_ptr() != item.arrived.data_ptr():
-            return  # never came, or replaced while it was here: the new data is the home
-        if tensor._version == item.version:
-            tensor.data = item.rest
+    def _unplace(self, tensor: torch.Tensor, fetch: Fetch) -> None:
+        if self._placed.get(id(tensor)) is fetch:
+            del self._placed[id(tensor)]
+
+    def _send_home(self, item: Item, fetch: Fetch) -> None:
+        tensor, home, arrived = item.tensor, item.residency.home, item.arrived
+        if arrived is None:
             return
-        if not isinstance(item.residency, DiskResident):  # written to: the write belongs to the home
-            item.rest.copy_(tensor.data)
-            tensor.data = item.rest
-            return
-        self.on_disk.pop(tensor, None)
-        tensor.data = tensor.data.to(CPU_DEVICE, copy=True)
+        if not item.swaps:
+            if item.is_written():
+                _overwrite(home, arrived)
+                increment_version(tensor)
+        elif _is_same_view(tensor, arrived):
+            if item.is_written():
+                _overwrite(home, arrived)
+            tensor.data = home
+        elif any(slot.covers(tensor) for slot in fetch.slots):  # another view of the slot took its place
+            tensor.data = tensor.data.to(home.device, copy=True)
+        item.arrived = item.stand_in = None  # else it was never here, or something new took its place and is the home
 
     def home(self, tensor: torch.Tensor) -> torch.Tensor:
         """`tensor`'s data at rest, also while some thread has it on a device."""
         with self._changed:
-            live, data = self._live.get(id(tensor)), tensor.data
-            while live is not None:
-                data = next((item.rest for item in live.items if item.tensor is tensor), data)
-                live = live.shadowed.get(id(tensor))
-            return data
+            live = self._placed.get(id(tensor))
+            item = None if live is None else live.item_of(tensor)
+            return tensor.data if item is None else item.residency.home
 
     def forget(self) -> None:
         """Stop streaming: what rests in a file is from now on read through its mapping."""
         self.on_disk.clear()
 
-    # ------------------------------------------------------------ scopes: one per module that a thread is inside
+    def after_fork(self) -> None:
+        """In a child only the thread that forked lives on: the leases of all others end."""
+        self._changed = threading.Condition(threading.RLock())
+        self.machine.after_fork()
+        me = threading.get_ident()
+        for fetch in list(self._placed.values()):
+            fetch.users = {scope for scope in fetch.users if scope.thread == me}
+            if not fetch.users:
+                with self._changed:
+                    self._retire(fetch)
+
+    # ------------------------------------------------------------ what the calling thread is inside of
 
     def scope_device(self) -> torch.device | None:
         """The device of the innermost dispatched module that the calling thread is inside of; None outside of all."""
-        return self._local.scopes[-1].device if self._local.scopes else None
+        return self._thread.scopes[-1].device if self._thread.scopes else None
 
-    def enter(self, tensors: list[torch.Tensor], device: torch.device, at_home: bool = False) -> Scope:
-        """Begin a module's forward on `device`. Every scope must be left, by `Scope.leave`."""
-        scope = Scope(self, device)
-        self._local.scopes.append(scope)
-        try:
-            travelling, on_graph = self._split_for_grad(tensors, device, at_home)
-            if travelling:
-                scope.hold(self.lease(travelling, device, at_home), travelling)
-            for tensor in on_graph:
-                scope.hold_on_graph(tensor)
-        except BaseException:
-            scope.leave()
-            raise
-        return scope
+    def see(self, tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+        """What a module's attribute gives when it is read: the weight, on the device of whoever reads it.
 
-    def _split_for_grad(
-        self, tensors: list[torch.Tensor], device: torch.device, at_home: bool
-    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """Those that swap their data, and those that need a differentiable copy: their gradient lives elsewhere."""
-        if at_home or device.type == "cpu" or not torch.is_grad_enabled():
-            return tensors, []
-        on_graph = [t for t in tensors if t.requires_grad and t.device != device]
-        chosen = set(map(id, on_graph))
-        return [t for t in tensors if id(t) not in chosen], on_graph
-
-    def see(self, tensor: torch.Tensor) -> torch.Tensor:
-        """What a module's attribute gives when it is read: the weight, on the device of whoever reads it."""
-        scopes = self._local.scopes
-        if not scopes or self._local.busy:
+        `device` is the one that the weight's own module runs on.
+        """
+        if not self._thread.scopes:
+            # backward runs parts of a block again, without its scope, for checkpoints inside it
+            again = tensor.device != device and torch._C._current_graph_task_id() != -1
+            return tensor.to(device) if again else tensor
+        scope = self._thread.scopes[-1]
+        held = self._thread.find(tensor, scope.device)
+        if held is None and not self._may_swap(tensor) and tensor.device == scope.device:
             return tensor
-        held = self._local.find(tensor)
-        if held is not None:
-            return held
-        scope = scopes[-1]
-        if tensor.device == scope.device:
-            return tensor
-        self._local.busy = True
-        try:
-            scope.borrow(tensor)
-        finally:
-            self._local.busy = False
-        held = self._local.find(tensor)
+        if held is None:
+            self.lease(scope, [tensor])
+            held = self._thread.find(tensor, scope.device)
         return tensor if held is None else held
 
+    def pack(self, tensor: torch.Tensor) -> Any:
+        """What autograd keeps instead of a tensor that it wants to save: for a weight in a slot, where it rests."""
+        for scope in self._thread.scopes:
+            for fetch in scope.fetches:
+                item = fetch.find(tensor)
+                if item is not None and (item.is_written() or tensor.is_conj() or tensor.is_neg()):
+                    return _Kept(tensor.detach().clone(), 0)  # the home has other values
+                if item is not None:
+                    return _Resting.of(self, tensor, item)
+        return _Kept(tensor, version_of(tensor))
 
-class _ThreadState(threading.local):
-    """What the calling thread is inside of."""
+    # ------------------------------------------------------------ errors
+
+    def _check_can_travel(self, tensor: torch.Tensor) -> None:
+        if tensor.device.type == "meta":
+            raise OffloadedWeightError(
+                f"{self._told(tensor)} is on the meta device: it was never loaded. Load a checkpoint that has it, or "
+                "initialise it, before running the model."
+            )
+        if is_traceable_wrapper_subclass(tensor):
+            raise OffloadedWeightError(
+                f"{self._told(tensor)} is a {type(tensor).__name__}, whose bytes cannot be streamed. Give the model a "
+                "plan without offload (a larger max_memory)."
+            )
+
+    def _told(self, tensor: torch.Tensor) -> str:
+        return f"{self.name_of(tensor)} of shape {tuple(tensor.shape)}"
+
+    def _among(self, tensors: list[torch.Tensor]) -> str:
+        return self._told(next(filter(self._is_away, tensors)))
+
+
+_EXECUTORS: weakref.WeakSet[Executor] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for executor in list(_EXECUTORS):
+        executor.after_fork()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+class _Thread(threading.local):
+    """What one thread is inside of, the innermost last."""
 
     def __init__(self) -> None:
         self.scopes: list[Scope] = []
-        self.busy = False
 
-    def find(self, tensor: torch.Tensor) -> torch.Tensor | None:
+    def find(self, tensor: torch.Tensor, device: torch.device) -> torch.Tensor | None:
+        """What this thread already has as `tensor` on `device`."""
         for scope in reversed(self.scopes):
             found = scope.held.get(id(tensor))
-            if found is not None:
+            if found is not None and found.device == device:
                 return found
         return None
 
 
 class Scope:
-    """A thread's stay inside one module: the leases it holds, and what stands in for weights on the graph."""
+    """A thread's stay in one place, on one device: the leases it holds, and what it hands out as weights.
 
-    def __init__(self, executor: Executor, device: torch.device) -> None:
+    Always: `try: scope.enter(...) ... finally: scope.leave()`.
+    """
+
+    def __init__(self, executor: Executor, device: torch.device, lasting: bool = False) -> None:
         self.executor, self.device = executor, device
+        self.lasting = lasting
+        """Other blocks come and go meanwhile."""
+        self.thread = threading.get_ident()
+        self.is_entered = False
         self.fetches: list[Fetch] = []
         self.held: dict[int, torch.Tensor] = {}
-        self.on_graph: list[tuple[torch.Tensor, torch.Tensor]] = []
 
-    def hold(self, fetches: list[Fetch], tensors: Sequence[torch.Tensor]) -> None:
-        self.fetches += fetches
-        self.held.update((id(t), t) for t in tensors)
-
-    def hold_on_graph(self, tensor: torch.Tensor) -> None:
-        _check_can_travel(tensor)
-        stand_in = tensor.to(self.device)
-        self.held[id(tensor)] = stand_in
-        self.on_graph.append((tensor, stand_in))
-
-    def borrow(self, tensor: torch.Tensor) -> None:
-        """Bring a weight that this module reads although another one owns it."""
-        if torch.is_grad_enabled() and tensor.requires_grad:
-            self.hold_on_graph(tensor)
-            return
-        self.hold(self.executor.lease([tensor], self.device), [tensor])
+    def enter(self, tensors: list[torch.Tensor], at_home: bool = False) -> None:
+        """Begin a module's forward: modules called, and weights read by name, from now on are on this device."""
+        self.is_entered = True
+        self.executor._thread.scopes.append(self)
+        self.executor.lease(self, tensors, at_home)
 
     def leave(self) -> None:
-        """End the stay. Only the innermost scope of a thread may be left."""
-        scopes = self.executor._local.scopes
-        scopes.remove(self)
-        fetches, self.fetches = self.fetches, []
+        """End the stay. Repeating it does no harm."""
+        try:
+            self._leave()
+        except BaseException:
+            self._leave()  # what interrupted the release must not prevent it
+            raise
+
+    def _leave(self) -> None:
+        if self in self.executor._thread.scopes:
+            self.executor._thread.scopes.remove(self)
         self.held.clear()
-        self.executor.release(fetches)
+        self.executor.release(self)
 
     def keep(self, output: Any) -> Any:
         """`output` with every tensor that looks into a slot cloned: the slot will hold other weights soon."""
@@ -385,78 +458,96 @@ class Scope:
         return map_tensors(lambda t: t.clone() if any(slot.covers(t) for slot in slots) else t, output)
 
     def guard(self) -> Any:
-        """A context in which autograd never saves a slot: it saves where the weight rests, and reads it again."""
-        if not torch.is_grad_enabled() or not (self.fetches or self.on_graph or self.executor.watching):
-            return nullcontext()
-        return saved_tensors_hooks(self._pack, _unpack)
+        """A context in which autograd saves where a weight rests instead of a slot, and reads it again.
 
-    def _pack(self, tensor: torch.Tensor) -> torch.Tensor | _Saved:
-        for fetch in self.fetches:
-            item = fetch.find(tensor)
-            if item is not None and item.arrived is not None:
-                return _Saved.of(tensor, item.arrived, item.tensor, item.rest)
-        for weight, stand_in in self.on_graph:
-            if tensor.untyped_storage().data_ptr() == stand_in.untyped_storage().data_ptr():
-                return _Saved.of(tensor, stand_in, weight, weight.data)
-        return tensor
+        Where somebody else already decides what autograd saves (a checkpoint, `save_on_cpu`), they go on deciding.
+        What they keep of a slot costs the ring that slot.
+        """
+        if not torch.is_grad_enabled() or not (self.executor.watching or any(f.slots for f in self.fetches)):
+            return nullcontext()
+        if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+            return nullcontext()
+        return saved_tensors_hooks(self.executor.pack, _unpack)
+
+
+# ---------------------------------------------------------------- autograd
+
+
+class _Onload(torch.autograd.Function):
+    """What arrived elsewhere, as the weight that rests: its gradient goes home."""
+
+    @staticmethod
+    def forward(ctx: Any, leaf: torch.Tensor, arrived: torch.Tensor) -> torch.Tensor:
+        ctx.home = leaf.device
+        return arrived.data
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return gradient.to(ctx.home), None
 
 
 @dataclass(frozen=True, eq=False)
-class _Saved:
-    """A tensor that autograd wanted to keep: how to make it again from the weight at rest."""
+class _Kept:
+    """A tensor that autograd keeps. Torch leaves it to whoever packs tensors to notice that one was written to."""
 
+    tensor: torch.Tensor
+    version: int
+
+    def again(self) -> torch.Tensor:
+        if version_of(self.tensor) != self.version:
+            raise RuntimeError(
+                "one of the variables needed for gradient computation has been modified by an inplace operation: a "
+                f"tensor of {self.tensor.dtype} and shape {tuple(self.tensor.shape)} is at version "
+                f"{version_of(self.tensor)}; expected version {self.version} instead."
+            )
+        return self.tensor
+
+
+@dataclass(frozen=True, eq=False)
+class _Resting:
+    """A view of a weight that autograd wanted to keep: how to make it again from where the weight rests."""
+
+    executor: Executor
     weight: torch.Tensor
-    rest: torch.Tensor
+    residency: Residency
     version: int
     device: torch.device
-    dtype: torch.dtype
     size: torch.Size
     stride: tuple[int, ...]
     offset: int
     """Elements from the weight's first."""
+    dtype: torch.dtype
 
     @classmethod
-    def of(cls, tensor: torch.Tensor, arrived: torch.Tensor, weight: torch.Tensor, rest: torch.Tensor) -> _Saved:
-        offset = (tensor.data_ptr() - arrived.data_ptr()) // tensor.element_size()
-        return cls(
-            weight, rest, weight._version, tensor.device, tensor.dtype, tensor.size(), tensor.stride(), offset
-        )
+    def of(cls, executor: Executor, view: torch.Tensor, item: Item) -> _Resting:
+        offset = (address_of(view) - address_of(item.arrived)) // view.element_size()  # type: ignore[arg-type]
+        look = (view.device, view.size(), view.stride(), offset, view.dtype)
+        return cls(executor, item.tensor, item.residency, version_of(item.tensor), *look)
 
     def again(self) -> torch.Tensor:
-        if self.weight._version != self.version:
+        if version_of(self.weight) != self.version:
             raise OffloadedWeightError(
-                f"a weight of shape {tuple(self.weight.shape)} was changed in place between forward and backward; the "
-                "gradients that need its old value cannot be computed. Run backward before the optimiser's step."
+                f"{self.executor._told(self.weight)} was changed in place between forward and backward; the gradients "
+                "that need its old value cannot be computed. Run backward before the optimiser's step."
             )
         with _outside_autograd():
-            at_rest = self.rest.view(self.dtype) if self.rest.dtype != self.dtype else self.rest
-            there = at_rest.to(self.device)
+            there = self._there()
+            there = there if there.dtype == self.dtype else there.view(self.dtype)
             return there.as_strided(self.size, self.stride, there.storage_offset() + self.offset)
 
-
-def span_bytes(tensor: torch.Tensor) -> int:
-    """Bytes from a tensor's first element to the end of its last."""
-    if tensor.numel() == 0:
-        return 0
-    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return (last + 1) * tensor.element_size()
-
-
-def _unpack(saved: torch.Tensor | _Saved) -> torch.Tensor:
-    return saved.again() if isinstance(saved, _Saved) else saved
+    def _there(self) -> torch.Tensor:
+        home = self.residency.home
+        if home.device == self.device and isinstance(self.residency, MemoryResident):
+            return home
+        machine = self.executor.machine.aside
+        (arrived,), slots = type(self.residency).bring([self.residency], self.device, machine)
+        for slot in slots:
+            machine.ring(self.device).lose(slot)  # lives as long as what is returned
+        return arrived
 
 
-def _check_can_travel(tensor: torch.Tensor) -> None:
-    if tensor.device.type == "meta":
-        raise OffloadedWeightError(
-            f"a weight of shape {tuple(tensor.shape)} is on the meta device: it was never loaded. Load a checkpoint "
-            "that has it, or initialise it, before running the model."
-        )
-    if is_traceable_wrapper_subclass(tensor):
-        raise OffloadedWeightError(
-            f"a weight of shape {tuple(tensor.shape)} is a {type(tensor).__name__}, whose bytes cannot be streamed. "
-            "Give the model a plan without offload (a larger max_memory)."
-        )
+def _unpack(saved: _Kept | _Resting) -> torch.Tensor:
+    return saved.again()
 
 
 @contextmanager
@@ -466,37 +557,54 @@ def _outside_autograd() -> Iterator[None]:
         yield
 
 
+def _overwrite(home: torch.Tensor, arrived: torch.Tensor) -> None:
+    if home is not arrived:
+        home.copy_(arrived)
+
+
+def _is_same_view(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return address_of(one) == address_of(other) and one.shape == other.shape and one.stride() == other.stride()
+
+
+# ---------------------------------------------------------------- weights read by name
+
+
 class WatchedParameters(dict[str, Any]):
-    """A module's parameters, which tells the executor when one is read by name.
+    """A module's parameters or buffers, which tells the executor when one is read by name.
 
     Whoever reads a weight outside its module's forward (a parent that multiplies with `child.weight`) gets it on its
-    own device. Iterating, as `named_parameters` and `state_dict` do, gives what rests at home.
+    own device. Iterating, as `named_parameters` and `state_dict` do, gives the weights themselves.
     """
 
-    def __init__(self, parameters: Mapping[str, Any], executor: Executor) -> None:
-        super().__init__(parameters)
-        self.executor = executor
+    def __init__(self, tensors: Mapping[str, Any], executor: Executor, device: torch.device) -> None:
+        super().__init__(tensors)
+        self.executor, self.device = executor, device
 
     def __getitem__(self, name: str) -> Any:
         tensor = super().__getitem__(name)
-        return tensor if tensor is None else self.executor.see(tensor)
+        return tensor if tensor is None else self.executor.see(tensor, self.device)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> dict[str, Any]:
-        from copy import deepcopy
-
-        return {name: deepcopy(tensor, memo) for name, tensor in self.items()}
+    def __deepcopy__(self, memo: dict[int, Any]) -> WatchedParameters:
+        copied = {name: deepcopy(tensor, memo) for name, tensor in self.items()}
+        return WatchedParameters(copied, deepcopy(self.executor, memo), self.device)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return dict, (dict(self.items()),)
 
 
-def watch(module: nn.Module, executor: Executor) -> None:
-    """Notice reads of `module`'s parameters from now on."""
-    if type(module._parameters) is dict and module._parameters:
-        module.__dict__["_parameters"] = WatchedParameters(module._parameters, executor)
+_WATCHED = ("_parameters", "_buffers")
+
+
+def watch(module: nn.Module, executor: Executor, device: torch.device) -> None:
+    """Notice reads of `module`'s parameters and buffers from now on; it runs on `device`."""
+    for name in _WATCHED:
+        held = module.__dict__[name]
+        if held and type(held) is dict:
+            module.__dict__[name] = WatchedParameters(held, executor, device)
 
 
 def unwatch(module: nn.Module) -> None:
-    """Give `module` its plain parameters back."""
-    if isinstance(module._parameters, WatchedParameters):
-        module.__dict__["_parameters"] = dict(module._parameters.items())
+    """Give `module` its plain parameters and buffers back."""
+    for name in _WATCHED:
+        if isinstance(module.__dict__[name], WatchedParameters):
+            module.__dict__[name] = dict(module.__dict__[name].items())

@@ -13,7 +13,7 @@ import functools
 import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from transformers import modeling_utils
 from transformers.generation import utils as generation_utils
 
 from .. import flow, settings
+from ..checkpoint.index import check_stays_inside
 from ..checkpoint.spill import SpillFolder
 from ..dispatch.attach import AlignDevicesHook, attachment_of
 from ..dispatch.hooks import ModelHook, add_hook_to_module
@@ -48,11 +49,14 @@ class Call:
     options: Mapping[str, Any]
     claimed: bool = False
     dtype: torch.dtype | None = None
-    device_map: Any = None
+    by_map: bool = True
+    """A strategy or a map is followed, not a single device."""
     plan: Plan | None = None
     materializer: Materializer | None = None
     loaded: bool = False
     dispatched: bool = False
+    held: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
+    """Given back when the call ends."""
 
 
 _call: contextvars.ContextVar[Call | None] = contextvars.ContextVar("hf_bigload_transformers_call", default=None)
@@ -111,7 +115,7 @@ def from_pretrained(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: 
     call = Call(parallel=_is_parallel(kwargs), options=kwargs)
     token = _call.set(call)
     try:
-        with _normal_tensors():
+        with call.held, _normal_tensors():
             result = wrapped(*args, **kwargs)
             if call.claimed and call.plan is not None:
                 _finish(call, result[0] if isinstance(result, tuple) else result)
@@ -152,10 +156,18 @@ def is_accelerate_available(wrapped: Any, instance: Any, args: tuple[Any, ...], 
     return True if _ours() is not None else wrapped(*args, **kwargs)
 
 
+_turn = threading.RLock()
+
+
 def get_init_context(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The library builds on meta already, and allocates nothing; what the plan needs from here is the dtype."""
+    """The library builds on meta already, and allocates nothing; what the plan needs from here is the dtype.
+
+    From here on our calls take turns: the library keeps all threads from tying weights while it builds a model, and
+    a plan has to see the memory that the one before took.
+    """
     call = _ours()
     if call is not None:
+        call.held.enter_context(_turn)
         call.dtype = kwargs.get("dtype", args[0] if args else None)
     return wrapped(*args, **kwargs)
 
@@ -181,7 +193,7 @@ def _plan(call: Call, model: Any, device_map: Any, max_memory: Any, hf_quantizer
         skip_keys=_skip_keys(model),
     )
     ties = dict(getattr(model, "all_tied_weights_keys", None) or {})
-    call.device_map = device_map
+    call.by_map = isinstance(device_map, str) or isinstance(call.options.get("device_map"), Mapping)
     call.plan = flow.plan_model(model, request, ties, _loaded_as(model, call, hf_quantizer))
     if hf_quantizer is not None:
         return _quantized_map(call.plan, hf_quantizer)
@@ -246,6 +258,8 @@ def _load(
     if call is None or call.materializer is None or call.loaded:  # loaded already: what comes now is an adapter
         return wrapped(model, state_dict, checkpoint_files, load_config, expected_keys)
     call.loaded = True
+    index = f"The index in {load_config.pretrained_model_name_or_path}"
+    check_stays_inside(index, (load_config.sharded_metadata or {}).get("weight_map", {}))
     source = Source.open(state_dict, checkpoint_files)
     call.materializer.stamp(source.index.stamps)
     return load_weights(model, source, load_config, call.materializer), None
@@ -272,8 +286,8 @@ def _dispatch(call: Call, model: Any) -> None:
     assert call.plan is not None
     call.dispatched = True
     flow.dispatch(model, call.plan, call.materializer, _skip_keys(model))
-    if attachment_of(model) is None and not isinstance(call.device_map, str):
-        del model.hf_device_map  # whole on the one device that was asked for: like the library's, a plain model
+    if attachment_of(model) is None and not call.by_map:
+        del model.hf_device_map  # whole on the one device that was asked for: a plain model, as the library has it
     else:
         _settle_in(model)
 
@@ -327,8 +341,8 @@ def _everything_on_disk(plan: Plan) -> Plan:
 def _settle_in(model: Any) -> None:
     """Have `model` go on working with a device map that the library takes for Accelerate's, also after `disable`."""
     for name, context in (
-        ("save_pretrained", _map_hidden),  # it would convert shard by shard, which weights in several shards do not survive
-        ("load_adapter", _map_hidden),  # it would offload the adapter
+        ("save_pretrained", _map_hidden),  # else it converts shard by shard: wrong for weights that several shards make
+        ("load_adapter", _map_hidden),  # else it offloads the adapter
         ("resize_token_embeddings", _hooks_attached_here),
     ):
         model.__dict__[name] = functools.partial(_call_within, context, model, name)
@@ -367,15 +381,14 @@ def _hooks_attached_here(model: nn.Module) -> Iterator[None]:
     with _attaching:
         theirs = {m: vars(m).get("add_hook_to_module") for m in modules if hasattr(m, "is_accelerate_available")}
         for module, original in theirs.items():
-            module.add_hook_to_module = functools.partial(_attach, original)  # type: ignore[attr-defined]
+            vars(module)["add_hook_to_module"] = functools.partial(_attach, original)
         try:
             yield
         finally:
             for module, original in theirs.items():
-                if original is None:
-                    del module.add_hook_to_module  # type: ignore[attr-defined]
-                else:
-                    module.add_hook_to_module = original  # type: ignore[attr-defined]
+                del vars(module)["add_hook_to_module"]
+                if original is not None:
+                    vars(module)["add_hook_to_module"] = original
 
 
 def _attach(theirs: Any, module: nn.Module, hook: Any, append: bool = False) -> nn.Module:

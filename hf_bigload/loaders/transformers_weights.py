@@ -17,6 +17,7 @@ from transformers import core_model_loading as library
 from transformers.utils import logging
 from transformers.utils.loading_report import LoadStateDictInfo
 
+from ..checkpoint.formats import load_bin
 from ..checkpoint.index import build_index
 from ..materialize import Materializer
 from ..specs import CheckpointIndex, TensorEntry
@@ -41,7 +42,7 @@ class Source:
         index = build_index(files)
         loaded: dict[str, torch.Tensor] = {}
         for path in index.legacy_files:
-            loaded.update(torch.load(path, map_location="cpu", weights_only=True))
+            loaded.update(load_bin(path))
         return cls(index, loaded)
 
     def sorted_keys(self) -> list[str]:

@@ -57,6 +57,19 @@ class Record:
         return not self.not_built and all(found == EQUAL for found in self.differences.values())
 
 
+@dataclass(frozen=True)
+class Case:
+    """An architecture whose tiny model lies in `folder`, and how it is to be loaded."""
+
+    which: Architecture
+    folder: Path
+    engine: str
+    dtype: torch.dtype
+
+    def load(self, **placed: Any) -> PreTrainedModel:
+        return self.which.auto.from_pretrained(self.folder, dtype=self.dtype, **placed).eval()
+
+
 def compare(
     which: Architecture, folder: Path, engine: str = "hf_bigload", dtype: torch.dtype = torch.float32
 ) -> Record:
@@ -67,22 +80,26 @@ def compare(
         dtype: what it is loaded in.
     """
     record = Record(which.name, which.model_class.__name__)
+    case = Case(which, folder, engine, dtype)
     with _reproducible():
         try:
-            model = tiny_model(which)
-            computed = compute(which, model)
-            _require_finite(computed)
-            model.save_pretrained(folder, max_shard_size=max(1000, bytes_of(model) // SHARDS))
+            _save(case)
+            plain = case.load()
+            expected = compute(which, plain)
+            _require_finite(expected)
         except Exception as error:  # noqa: BLE001  the library's, for whatever reason: nothing to compare
             record.not_built = _told(error)
             return record
-        plain = which.auto.from_pretrained(folder, dtype=dtype).eval()
         record.nbytes = bytes_of(plain)
-        expected = compute(which, plain)
         record.generates = expected.tokens is not None
         for placement in PLACEMENTS if engine == "hf_bigload" else (BUDGETED,):
-            record.differences[placement] = _difference(which, folder, placement, engine, plain, expected)
+            record.differences[placement] = _difference(case, placement, plain, expected)
     return record
+
+
+def _save(case: Case) -> None:
+    model = tiny_model(case.which)
+    model.save_pretrained(case.folder, max_shard_size=max(1000, bytes_of(model) // SHARDS))
 
 
 def bytes_of(model: torch.nn.Module) -> int:
@@ -126,16 +143,15 @@ def _require_finite(computed: Computed) -> None:
 # ---------------------------------------------------------------- the comparison
 
 
-def _difference(
-    which: Architecture, folder: Path, placement: str, engine: str, plain: PreTrainedModel, expected: Computed
-) -> str:
+def _difference(case: Case, placement: str, plain: PreTrainedModel, expected: Computed) -> str:
+    ours = case.engine == "hf_bigload"
     try:
-        with hf_bigload.enable() if engine == "hf_bigload" else contextlib.nullcontext():
-            model = which.auto.from_pretrained(folder, dtype=plain.dtype, **_placed(placement, folder, plain)).eval()
-        found = _outputs_differ(expected, compute(which, model))
-        if engine == "hf_bigload":
+        with hf_bigload.enable() if ours else contextlib.nullcontext():
+            model = case.load(**_placed(placement, case.folder, plain))
+        found = _outputs_differ(expected, compute(case.which, model))
+        if ours:
             found = found or _misplaced(model, placement, bytes_of(plain)) or _weights_differ(plain, model)
-            found = found or _outputs_differ(expected, compute(which, model))
+            found = found or _outputs_differ(expected, compute(case.which, model))
         return found
     except Exception as error:  # noqa: BLE001  the record is what is wanted of it
         return _told(error)

@@ -102,7 +102,8 @@ PATCHES: Mapping[str, Mapping[str, Any]] = {
     "minimax": {"block_size": 8},
     "ministral": {"head_dim": 16},
     "nemotron": {"num_key_value_heads": 2},
-    "nemotron3_diarization": {"head_config": {"audio_hidden_size": 64}},
+    "nemotron3_diarization": {"head_config": {"audio_hidden_size": 64, "hidden_size": 32}},
+    "phi4_multimodal_vision": {"image_size": 56, "crop_size": 56},
     "phi4_multimodal_audio": {
         "ext_pw_out_channel": 64,
         "depthwise_separable_out_channel": 64,
@@ -165,6 +166,15 @@ WHOLE: Mapping[str, Build] = {
 BY_CLASS = frozenset({"causal:emu3", "causal:mllama", "causal:musicgen", "causal:musicgen_melody"})
 """Architectures that an Auto class lists, and cannot load from what they save: their own class can."""
 
+_NEVER_VALID = "this Transformers refuses every configuration of it, its own default included"
+
+NOT_BUILDABLE: Mapping[str, str] = {
+    "causal:gemma3n": "its vision tower needs timm",
+    "causal:gemma4_assistant": _NEVER_VALID,
+    "causal:gemma4_unified_assistant": _NEVER_VALID,
+}
+"""Architectures without a tiny model, and why."""
+
 GENERATE: Mapping[str, Mapping[str, Any] | None] = {
     "causal:blt": None,
     "causal:musicgen": {"decoder_start_token_id": 0, "num_return_sequences": 1},
@@ -204,7 +214,10 @@ def _seen(_config: Any, inputs: Inputs) -> Inputs:
 
 def _streamed(config: Any, inputs: Inputs) -> Inputs:
     frames = inputs["input_ids"].shape[1] * config.audio_length_per_tok
-    return {"input_ids": inputs["input_ids"], "input_features": torch.randn(2, config.audio_config.num_mel_bins, frames)}
+    return {
+        "input_ids": inputs["input_ids"],
+        "input_features": torch.randn(2, config.audio_config.num_mel_bins, frames),
+    }
 
 
 def _behind(inputs: Inputs, token: int, count: int) -> Inputs:

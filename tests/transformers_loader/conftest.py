@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -44,12 +45,13 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Library:
 @pytest.fixture(scope="session")
 def plain(saved: Library) -> Callable[..., PreTrainedModel]:
     """`plain("llama", torch.bfloat16)`: that model as the library loads it by itself. Not to be written to."""
-    models: dict[tuple[str, torch.dtype | None], PreTrainedModel] = {}
+    models: dict[tuple[Any, ...], PreTrainedModel] = {}
 
-    def get(name: str, dtype: torch.dtype | None = None) -> PreTrainedModel:
-        if (name, dtype) not in models:
-            models[name, dtype] = saved(name).plain(dtype=dtype)
-        return models[name, dtype]
+    def get(name: str, dtype: torch.dtype | None = None, **kwargs: Any) -> PreTrainedModel:
+        key = (name, dtype, *kwargs.items())
+        if key not in models:
+            models[key] = saved(name).plain(dtype=dtype, **kwargs)
+        return models[key]
 
     return get
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -19,11 +23,11 @@ from transformers import (
     MixtralConfig,
     PreTrainedConfig,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
     T5Config,
 )
 
 import hf_bigload
-from hf_bigload import plugin
 
 VOCABULARY = 128
 LAYERS = 12  # so that one layer's name begins with another's: layers.1, layers.10
@@ -75,7 +79,6 @@ class Saved:
     """Of its weights in fp32, tied ones once."""
 
     def plain(self, **kwargs: Any) -> PreTrainedModel:
-        assert not plugin.is_enabled()
         return self.auto.from_pretrained(self.folder, **kwargs)
 
     def load(self, placement: str | None = None, **kwargs: Any) -> Any:
@@ -94,7 +97,7 @@ class Saved:
 
 def new_model(name: str) -> PreTrainedModel:
     """A random model of one of `CONFIGS`; every call gives the same one."""
-    config = CONFIGS[name]
+    config = copy.deepcopy(CONFIGS[name])  # a save writes to it
     auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     torch.manual_seed(0)
     return auto.from_config(config).eval()
@@ -110,6 +113,15 @@ def save(name: str, folder: Path, **options: Any) -> Saved:
 
 def bytes_of(model: torch.nn.Module) -> int:
     return sum(p.numel() * p.element_size() for p in model.parameters())
+
+
+def save_tokenizer(folder: Path) -> None:
+    """One whose words are w0, w1, ...: word n is token n."""
+    words = {f"w{n}": n for n in range(VOCABULARY)}
+    tokenizer = Tokenizer(WordLevel(words, unk_token="w0"))
+    tokenizer.pre_tokenizer = Whitespace()
+    special = {"pad_token": "w0", "bos_token": "w1", "eos_token": "w2", "unk_token": "w0"}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
 
 
 # ---------------------------------------------------------------- what a model computes

@@ -45,8 +45,9 @@ def assert_same_files(ours: Path, theirs: Path) -> None:
     assert [name for name, tensor in expected.items() if not same(found[name], tensor)] == []
     for text in ("config.json", "generation_config.json"):
         assert (ours / text).read_text() == (theirs / text).read_text()
-    sizes = [json.loads(file.read_text())["metadata"] for file in (*ours.glob("*.index.json"), *theirs.glob("*.index.json"))]
-    assert sizes in ([], sizes[:1] * 2)
+    indices = [*ours.glob("*.index.json"), *theirs.glob("*.index.json")]
+    metadata = [json.loads(index.read_text())["metadata"] for index in indices]
+    assert metadata in ([], metadata[:1] * 2)
 
 
 @pytest.mark.parametrize("enabled", [True, False], ids=["enabled", "disabled"])

@@ -1,0 +1,161 @@
+"""All architectures, each in a process of its own: `python -m tests.architectures [NAME ...]`.
+
+With names, prints how they fare; without, compares everything (in fp32, in bf16, and as stock Transformers with
+Accelerate does it) and writes RESULTS.md beside this file. About 15 minutes on one core.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from importlib.metadata import version
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+
+from .compare import PLACEMENTS, Record, compare
+from .tiny import Architecture, architectures
+
+RESULTS = Path(__file__).with_name("RESULTS.md")
+PACKAGES = ("torch", "transformers", "accelerate", "safetensors")
+LIMIT_S = 180
+"""Seconds that one architecture may take."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One way to load them all."""
+
+    title: str
+    engine: str = "hf_bigload"
+    dtype: torch.dtype = torch.float32
+
+
+RUNS = (
+    Run("hf_bigload"),
+    Run("hf_bigload, the fp32 checkpoint loaded in bf16", dtype=torch.bfloat16),
+    Run("stock: Transformers with Accelerate", engine="stock"),
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m tests.architectures", description=__doc__)
+    parser.add_argument("names", nargs="*", help='architectures: "llama", or "causal:bart" for one of two')
+    parser.add_argument("--jobs", type=int, default=1, help="how many at a time")
+    options = parser.parse_args(arguments)
+    chosen = [a for a in architectures() if not options.names or {a.name, a.name.partition(":")[2]} & {*options.names}]
+    torch.set_num_threads(1)
+    results = {run: sorted(records_of(run, chosen, options.jobs), key=lambda r: r.name) for run in RUNS}
+    if not options.names:
+        RESULTS.write_text(report(results))
+
+
+def records_of(run: Run, chosen: Sequence[Architecture], jobs: int = 1) -> Iterator[Record]:
+    """How each of `chosen` fares, as they end. A crash or a hang costs its own architecture only."""
+    waiting, running = deque(chosen), {}
+    while waiting or running:
+        while waiting and len(running) < jobs:
+            which = waiting.popleft()
+            running[which] = _start(run, which)
+        ended = wait([process.sentinel for process, _ in running.values()], timeout=LIMIT_S)
+        for which, (process, answer) in list(running.items()):
+            if process.sentinel in ended or not ended:
+                del running[which]
+                record = _answer(which, process, answer)
+                print(f"{run.title}: {record.name}: {_first_line(_why(record)) or 'equal'}", flush=True)
+                yield record
+
+
+def _start(run: Run, which: Architecture) -> tuple[Any, Connection]:
+    context = multiprocessing.get_context("fork")  # the libraries' imports take longer than most comparisons
+    answer, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_compare_alone, args=(run, which, sender))
+    process.start()
+    sender.close()
+    return process, answer
+
+
+def _compare_alone(run: Run, which: Architecture, sender: Connection) -> None:
+    warnings.simplefilter("ignore")
+    with open(os.devnull, "w") as null, redirect_stdout(null), redirect_stderr(null), TemporaryDirectory() as folder:
+        sender.send(compare(which, Path(folder), run.engine, run.dtype))
+
+
+def _answer(which: Architecture, process: Any, answer: Connection) -> Record:
+    if answer.poll():
+        record = answer.recv()
+        process.join()
+        return record
+    process.kill()
+    process.join()
+    failure = f"no answer (exit code {process.exitcode}, limit {LIMIT_S} s)"
+    return Record(which.name, which.model_class.__name__, differences={"any": failure})
+
+
+# ---------------------------------------------------------------- the report
+
+
+def report(results: dict[Run, list[Record]]) -> str:
+    """RESULTS.md."""
+    packages = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
+    parts = [
+        "# Every architecture, bit for bit",
+        "Written by `python -m tests.architectures`: a tiny random model of each configuration that "
+        "`AutoModelForCausalLM` and `AutoModelForSeq2SeqLM` list, saved in shards, loaded plainly and under each "
+        "placement. Equal means: all outputs of a forward, before and after a greedy `generate`, its tokens, the whole "
+        "`state_dict` and every buffer have the same bits, nothing is on the meta device, and the plan did stream. "
+        "Released slots are filled with not-a-numbers.",
+        "`40%`: a budget of RAM of 0.4 of the weights, which includes what is streamed through. `disk`: everything on "
+        "disk. `alternate`: every second weight on disk.",
+        f"CPU, one thread; {packages}.",
+    ]
+    return "\n\n".join([*parts, *(_section(run, records) for run, records in results.items())]) + "\n"
+
+
+def _section(run: Run, records: list[Record]) -> str:
+    built = [r for r in records if not r.not_built]
+    placements = [p for p in PLACEMENTS if any(p in r.differences for r in built)]
+    rows = [f"| {p} | {_equal_under(p, built)} of {len(built)} |" for p in placements]
+    generating = sum(r.generates for r in built)
+    lines = [
+        f"## {run.title}",
+        "",
+        f"{len(records)} architectures, {len(built)} built, {generating} of them with `generate`.",
+        "",
+        "| placement | equal |",
+        "| --- | --- |",
+        *rows,
+        *_listed("Not equal", [r for r in built if not r.equal], _why),
+        *_listed("Not built, or not run, by the library", [r for r in records if r.not_built], lambda r: r.not_built),
+    ]
+    return "\n".join(lines)
+
+
+def _equal_under(placement: str, records: list[Record]) -> int:
+    return sum(record.differences.get(placement) == "" for record in records)
+
+
+def _listed(title: str, records: list[Record], why: Callable[[Record], str]) -> list[str]:
+    lines = [f"- {r.name} ({r.model}): {_first_line(why(r))}" for r in records]
+    return ["", f"{title}:", "", *lines] if lines else []
+
+
+def _why(record: Record) -> str:
+    return record.not_built or "; ".join(f"{p}: {found}" for p, found in record.differences.items() if found)
+
+
+def _first_line(text: str) -> str:
+    return " ".join(text.split())[:240]
+
+
+if __name__ == "__main__":
+    main()
