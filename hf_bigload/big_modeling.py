@@ -157,7 +157,8 @@ def load_state_dict(checkpoint_file: PathLike, device_map: Mapping[str, Any] | N
     """The tensors of one weights file by name, on the devices of `device_map`, or on the CPU ("disk" included)."""
     index = build_index([os.fspath(checkpoint_file)])
     whole = Materializer(Plan((), {}, CPU, {}, {}, {}), index.stamps)
-    tensors = {name: whole.source(entry) for name, entry in index.entries.items()} | _legacy(index)
+    index, in_memory = whole.with_legacy_files(index)
+    tensors = {name: whole.source(entry) for name, entry in index.entries.items()} | in_memory
     if device_map is None:
         return tensors
     devices = {name: device for name, device in device_map.items() if device != DISK}
@@ -245,7 +246,7 @@ def _fill(
 ) -> None:
     """Give every tensor of `model` that the checkpoint has its value; everything is checked before the first is set."""
     groups = _tensors_by_object(model)
-    in_memory = _legacy(index)
+    index, in_memory = materializer.with_legacy_files(index)
     found = {*index.entries, *in_memory}
     _check_keys(model, groups, found, strict)
     chosen = [(names, next((n for n in names if n in found), None)) for names in groups]
@@ -267,14 +268,6 @@ def _fill(
             _replace(model, names, old, materializer.load(names[0], index[key], dtype))
         else:
             _replace(model, names, old, materializer.place(names[0], value, dtype))
-
-
-def _legacy(index: CheckpointIndex) -> dict[str, torch.Tensor]:
-    """Tensors of files in torch's old format, which have no offsets: loaded whole."""
-    tensors: dict[str, torch.Tensor] = {}
-    for path in index.legacy_files:
-        tensors.update(torch.load(path, map_location=CPU, weights_only=True))
-    return tensors
 
 
 def _tensors_by_object(model: nn.Module, persistent_only: bool = True) -> list[list[str]]:

@@ -12,6 +12,7 @@ from dataclasses import replace
 
 import torch
 
+from .checkpoint.formats import load_bin
 from .checkpoint.mapping import MappedFiles
 from .checkpoint.reader import Reader, layout, page_buffer
 from .checkpoint.spill import SpillFolder
@@ -19,7 +20,7 @@ from .dispatch.executor import Executor
 from .dispatch.residency import DiskResident
 from .errors import DtypeError
 from .hardware import torch_device
-from .specs import CPU, DISK, FileStamp, Placement, Plan, TensorEntry
+from .specs import CPU, DISK, CheckpointIndex, FileStamp, Placement, Plan, TensorEntry
 
 PHASE = 64
 """Bytes: the modulus of the addresses that CPU kernels look at."""
@@ -99,6 +100,21 @@ class Materializer:
             return self._spilled(name, value)
         return value.to(torch_device(home))
 
+    def with_legacy_files(self, index: CheckpointIndex) -> tuple[CheckpointIndex, dict[str, torch.Tensor]]:
+        """`index` with the tensors of files in torch's old format, which have no offsets and are loaded whole.
+
+        They are kept in memory (the second value); where weights stream, so that RAM is scarce, they go through a file
+        into the index, and no more than one of the old files is in memory at a time.
+        """
+        entries, in_memory = dict(index.entries), dict[str, torch.Tensor]()
+        for path in index.legacy_files:
+            for name, tensor in load_bin(path).items():
+                if self.plan.streams:
+                    entries[name] = self._write(name, tensor)
+                else:
+                    in_memory[name] = tensor
+        return replace(index, entries=entries), in_memory
+
     def register(self, executor: Executor, tensors: Iterable[torch.Tensor]) -> None:
         """Tell the executor which of the model's `tensors` rest in a file, as loaded and not replaced since."""
         for tensor in tensors:
@@ -109,12 +125,15 @@ class Materializer:
         self._entries.clear()
 
     def _spilled(self, name: str, value: torch.Tensor) -> torch.Tensor:
+        entry = self._write(name, value)
+        return self._at_rest_in(entry, self._mapped.tensor(entry))
+
+    def _write(self, name: str, value: torch.Tensor) -> TensorEntry:
         if self._spill is None:
             self._spill = SpillFolder(self._offload_folder)
         value = value.detach().to(CPU)
         flat, stride = (value, None) if value.is_contiguous() else _in_storage_order(value)
-        entry = replace(self._spill.write(flat, name), shape=tuple(value.shape), stride=stride)
-        return self._at_rest_in(entry, self._mapped.tensor(entry))
+        return replace(self._spill.write(flat, name), shape=tuple(value.shape), stride=stride)
 
     def _at_rest_in(self, entry: TensorEntry, mapped: torch.Tensor) -> torch.Tensor:
         self._entries[mapped.data_ptr()] = (mapped, entry)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import sys
@@ -24,6 +25,17 @@ os.environ |= {
     "TOKENIZERS_PARALLELISM": "false",
 }
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are tiny: more threads only wait for each other
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Load the simulated accelerator before anything runs backward: autograd counts devices once, at its first use."""
+    if any("simdev" in vars(getattr(item, "module", None) or object) for item in session.items):
+        from tests import simdev
+
+        with contextlib.suppress(RuntimeError):  # no compiler: the tests that need it say so themselves
+            simdev.load()
+            torch = sys.modules["torch"]
+            torch.ones(1, device="sim:0", requires_grad=True).sum().backward()
 
 
 def pytest_unconfigure() -> None:

@@ -69,7 +69,12 @@ class Item:
     def is_written(self) -> bool:
         """Whether what was used was written to."""
         used = self.tensor if self.swaps else self.stand_in
-        return used is not None and version_of(used) != self.version
+        if used is None or self.arrived is None:
+            return False
+        if isinstance(self.tensor, nn.Parameter):
+            return version_of(used) != self.version
+        home = self.residency.home  # kernels update running statistics without counting it as a write
+        return home is not self.arrived and not torch.equal(home, self.arrived.to(home.device))
 
 
 @dataclass(eq=False)
@@ -301,7 +306,7 @@ class Executor:
         if not item.swaps:
             if item.is_written():
                 _overwrite(home, arrived)
-                increment_version(tensor)
+                self._count_write(tensor)
         elif _is_same_view(tensor, arrived):
             if item.is_written():
                 _overwrite(home, arrived)
@@ -309,6 +314,14 @@ class Executor:
         elif any(slot.covers(tensor) for slot in fetch.slots):  # another view of the slot took its place
             tensor.data = tensor.data.to(home.device, copy=True)
         item.arrived = item.stand_in = None  # else it was never here, or something new took its place and is the home
+
+    def _count_write(self, tensor: torch.Tensor) -> None:
+        """A stand-in was written to: the weight was, but not where another thread may have it."""
+        increment_version(tensor)
+        elsewhere = self._placed.get(id(tensor))
+        item = None if elsewhere is None else elsewhere.item_of(tensor)
+        if item is not None:
+            item.version += 1
 
     def home(self, tensor: torch.Tensor) -> torch.Tensor:
         """`tensor`'s data at rest, also while some thread has it on a device."""
@@ -365,7 +378,7 @@ class Executor:
                     return _Kept(tensor.detach().clone(), 0)  # the home has other values
                 if item is not None:
                     return _Resting.of(self, tensor, item)
-        return _Kept(tensor, version_of(tensor))
+        return _Kept(tensor.detach(), version_of(tensor))  # detached: an output would keep itself alive by its graph
 
     # ------------------------------------------------------------ errors
 

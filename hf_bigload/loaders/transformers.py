@@ -22,7 +22,7 @@ from transformers import modeling_utils
 from transformers.generation import utils as generation_utils
 
 from .. import flow, settings
-from ..checkpoint.index import check_stays_inside
+from ..checkpoint.index import SAFETENSORS_SUFFIX, build_index, check_stays_inside
 from ..checkpoint.spill import SpillFolder
 from ..dispatch.attach import AlignDevicesHook, attachment_of
 from ..dispatch.hooks import ModelHook, add_hook_to_module
@@ -53,6 +53,7 @@ class Call:
     """A strategy or a map is followed, not a single device."""
     plan: Plan | None = None
     materializer: Materializer | None = None
+    files: Sequence[str] = ()
     loaded: bool = False
     dispatched: bool = False
     held: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
@@ -81,6 +82,7 @@ class TransformersLoader:
             Seam(_MODELING, "check_and_set_device_map", ("device_map",), check_and_set_device_map),
             Seam(_INTEGRATION, "is_accelerate_available", (), is_accelerate_available),
             Seam(_MODELING, f"{model}.get_init_context", ("dtype",), get_init_context),
+            Seam(_MODELING, "_get_resolved_checkpoint_files", (), resolved_checkpoint_files),
             Seam(_MODELING, "_get_device_map", ("model", "device_map", "max_memory", "hf_quantizer"), get_device_map),
             Seam(
                 _MODELING,
@@ -144,8 +146,13 @@ def check_and_set_device_map(wrapped: Any, instance: Any, args: tuple[Any, ...],
     except BaseException:
         call.claimed = False
         raise
-    call.claimed = device_map is not None
+    call.claimed = device_map is not None and not _is_only_meta(device_map)
     return device_map
+
+
+def _is_only_meta(device_map: Any) -> bool:
+    """A model without weights is asked for: nothing to plan."""
+    return isinstance(device_map, Mapping) and {str(device) for device in device_map.values()} == {"meta"}
 
 
 def _sharded_training() -> bool:
@@ -172,6 +179,15 @@ def get_init_context(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs:
     return wrapped(*args, **kwargs)
 
 
+def resolved_checkpoint_files(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What the call loads from: the plan looks into the headers."""
+    resolved = wrapped(*args, **kwargs)
+    call = _ours()
+    if call is not None:
+        call.files = resolved[0] or ()
+    return resolved
+
+
 # ---------------------------------------------------------------- the plan
 
 
@@ -192,13 +208,25 @@ def _plan(call: Call, model: Any, device_map: Any, max_memory: Any, hf_quantizer
         offload_buffers=bool(call.options.get("offload_buffers")),
         skip_keys=_skip_keys(model),
     )
-    ties = dict(getattr(model, "all_tied_weights_keys", None) or {})
+    ties = _ties(model, call.files)
     call.by_map = isinstance(device_map, str) or isinstance(call.options.get("device_map"), Mapping)
     call.plan = flow.plan_model(model, request, ties, _loaded_as(model, call, hf_quantizer))
     if hf_quantizer is not None:
         return _quantized_map(call.plan, hf_quantizer)
     call.materializer = Materializer(call.plan, offload_folder=request.offload_folder)
     return {name: call.materializer.home_of(name) for name in _tensor_names(model)}
+
+
+def _ties(model: Any, files: Sequence[str]) -> dict[str, str]:
+    """Tied names -> owners. A name that the checkpoint stores too may turn out not to be tied: it needs room."""
+    ties = dict(getattr(model, "all_tied_weights_keys", None) or {})
+    stored = build_index([path for path in files if path.endswith(SAFETENSORS_SUFFIX)]) if ties else ()
+    prefix = f"{model.base_model_prefix}."
+    return {
+        name: owner
+        for name, owner in ties.items()
+        if not any(key in stored for key in (name, prefix + name, name.removeprefix(prefix)))
+    }
 
 
 def _tensor_names(model: nn.Module) -> list[str]:
@@ -260,7 +288,7 @@ def _load(
     call.loaded = True
     index = f"The index in {load_config.pretrained_model_name_or_path}"
     check_stays_inside(index, (load_config.sharded_metadata or {}).get("weight_map", {}))
-    source = Source.open(state_dict, checkpoint_files)
+    source = Source.open(state_dict, checkpoint_files, call.materializer)
     call.materializer.stamp(source.index.stamps)
     return load_weights(model, source, load_config, call.materializer), None
 

@@ -17,7 +17,6 @@ from transformers import core_model_loading as library
 from transformers.utils import logging
 from transformers.utils.loading_report import LoadStateDictInfo
 
-from ..checkpoint.formats import load_bin
 from ..checkpoint.index import build_index
 from ..materialize import Materializer
 from ..specs import CheckpointIndex, TensorEntry
@@ -33,17 +32,15 @@ class Source:
     in_memory: Mapping[str, torch.Tensor]
 
     @classmethod
-    def open(cls, state_dict: Mapping[str, torch.Tensor] | None, files: list[str] | None) -> Source:
+    def open(
+        cls, state_dict: Mapping[str, torch.Tensor] | None, files: list[str] | None, materializer: Materializer
+    ) -> Source:
         """Index `files`, reading headers only; a file in torch's old format, which has no offsets, is loaded whole."""
         if state_dict is not None:
             return cls(CheckpointIndex({}, {}), state_dict)
         if not files:
             raise ValueError("Neither a state dict nor checkpoint files were found.")
-        index = build_index(files)
-        loaded: dict[str, torch.Tensor] = {}
-        for path in index.legacy_files:
-            loaded.update(load_bin(path))
-        return cls(index, loaded)
+        return cls(*materializer.with_legacy_files(build_index(files)))
 
     def sorted_keys(self) -> list[str]:
         """In the library's order: conversions collect their inputs as they come."""

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from .compare import PLACEMENTS, Record, compare
+from .patches import NOT_BUILDABLE
 from .tiny import Architecture, architectures
 
 RESULTS = Path(__file__).with_name("RESULTS.md")
@@ -135,7 +136,7 @@ def _section(run: Run, records: list[Record]) -> str:
         "| --- | --- |",
         *rows,
         *_listed("Not equal", [r for r in built if not r.equal], _why),
-        *_listed("Not built, or not run, by the library", [r for r in records if r.not_built], lambda r: r.not_built),
+        *_listed("Not built, or not run, by the library", [r for r in records if r.not_built], _why),
     ]
     return "\n".join(lines)
 
@@ -150,7 +151,9 @@ def _listed(title: str, records: list[Record], why: Callable[[Record], str]) -> 
 
 
 def _why(record: Record) -> str:
-    return record.not_built or "; ".join(f"{p}: {found}" for p, found in record.differences.items() if found)
+    if record.not_built:
+        return NOT_BUILDABLE.get(record.name, record.not_built)
+    return "; ".join(f"{p}: {found}" for p, found in record.differences.items() if found)
 
 
 def _first_line(text: str) -> str:

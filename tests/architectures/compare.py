@@ -150,8 +150,8 @@ def _difference(case: Case, placement: str, plain: PreTrainedModel, expected: Co
             model = case.load(**_placed(placement, case.folder, plain))
         found = _outputs_differ(expected, compute(case.which, model))
         if ours:
-            found = found or _misplaced(model, placement, bytes_of(plain)) or _weights_differ(plain, model)
-            found = found or _outputs_differ(expected, compute(case.which, model))
+            found = found or _weights_differ(plain, model) or _outputs_differ(expected, compute(case.which, model))
+            found = found or _misplaced(model, placement, bytes_of(plain))
         return found
     except Exception as error:  # noqa: BLE001  the record is what is wanted of it
         return _told(error)
@@ -178,11 +178,11 @@ def _every_second_on_disk(model: PreTrainedModel) -> dict[str, str]:
 
 def _misplaced(model: PreTrainedModel, placement: str, nbytes: int) -> str:
     """A comparison of two models in RAM would prove nothing."""
-    plan = hf_bigload.inspect(model).plan
+    plan, budget = hf_bigload.inspect(model).plan, int(nbytes * BUDGET)
     if DISK not in plan.devices:
-        return "nothing rests on disk"
-    if placement == BUDGETED and plan.used[CPU] > nbytes * BUDGET:
-        return f"{plan.used[CPU]} bytes in RAM, of {nbytes} in all"
+        return "equal, but nothing rests on disk"
+    if placement == BUDGETED and plan.used[CPU] > budget:
+        return f"equal, but the plan uses {plan.used[CPU]} bytes of RAM and the budget is {budget}"
     return EQUAL
 
 

@@ -69,6 +69,12 @@ PATCHES: Mapping[str, Mapping[str, Any]] = {
     },
     "gemma4_unified_text": _GEMMA4,
     "gemma4_vision": {"position_embedding_size": 16},
+    "gemma4_unified_assistant": {
+        "backbone_hidden_size": 64,
+        "use_ordered_embeddings": True,
+        "num_centroids": 9,
+        "centroid_intermediate_top_k": 4,
+    },
     "gemma4_unified_vision": {"patch_size": 4, "mm_embed_dim": 64, "mm_posemb_size": 16, "output_proj_dims": 64},
     "gemma4_unified_audio": {"audio_embed_dim": 64},
     "gpt_neo": {"attention_types": [[["global", "local"], 3]], "window_size": 4},
@@ -166,16 +172,14 @@ WHOLE: Mapping[str, Build] = {
 BY_CLASS = frozenset({"causal:emu3", "causal:mllama", "causal:musicgen", "causal:musicgen_melody"})
 """Architectures that an Auto class lists, and cannot load from what they save: their own class can."""
 
-_NEVER_VALID = "this Transformers refuses every configuration of it, its own default included"
-
 NOT_BUILDABLE: Mapping[str, str] = {
     "causal:gemma3n": "its vision tower needs timm",
-    "causal:gemma4_assistant": _NEVER_VALID,
-    "causal:gemma4_unified_assistant": _NEVER_VALID,
+    "causal:gemma4_assistant": "this Transformers refuses every configuration of it, its own default included",
 }
 """Architectures without a tiny model, and why."""
 
 GENERATE: Mapping[str, Mapping[str, Any] | None] = {
+    "causal:gemma4_unified_assistant": None,
     "causal:blt": None,
     "causal:musicgen": {"decoder_start_token_id": 0, "num_return_sequences": 1},
     "causal:musicgen_melody": {"decoder_start_token_id": 0},
@@ -197,6 +201,21 @@ def _codebooks(config: Any, inputs: Inputs) -> Inputs:
 
 def _described_codebooks(config: Any, inputs: Inputs) -> Inputs:
     return {**_codebooks(config, inputs), "encoder_hidden_states": torch.randn(2, 5, 64)}
+
+
+def _drafted(config: Any, _inputs: Inputs) -> Inputs:
+    """The state of the model that an assistant drafts for; full attention has larger heads."""
+    text = config.text_config
+    sizes = {
+        "sliding_attention": text.per_layer_config[0].head_dim,
+        "full_attention": text.per_layer_config[1].head_dim,
+    }
+    keys = {kind: torch.randn(2, text.num_key_value_heads, 8, size) for kind, size in sizes.items()}
+    return {
+        "inputs_embeds": torch.randn(2, 8, 2 * config.backbone_hidden_size),
+        "shared_kv_states": {kind: (states, states.flip(2)) for kind, states in keys.items()},
+        "position_ids": torch.arange(8).repeat(2, 1),
+    }
 
 
 def _encoded(_config: Any, inputs: Inputs) -> Inputs:
@@ -308,6 +327,7 @@ INPUTS: Mapping[str, Callable[[Any, Inputs], Inputs]] = {
     "causal:gemma3": _picture_of_four,
     "causal:gemma4": _picture_and_sound,
     "causal:gemma4_unified": _plain_picture_and_sound,
+    "causal:gemma4_unified_assistant": _drafted,
     "causal:git": _picture,
     "causal:got_ocr2": _picture_of_four,
     "causal:mllama": _seen,

@@ -90,6 +90,13 @@ def save(model: nn.Module, folder: Path) -> Path:
     return folder
 
 
+def from_disk(model: nn.Module, folder: Path, **options: Any) -> Any:
+    """A copy of `model` that streams from a checkpoint of it."""
+    copied = copy.deepcopy(model)
+    options = {"device_map": {"": "disk"}} | options
+    return hf_bigload.load_checkpoint_and_dispatch(copied, save(model, folder), **options).eval()
+
+
 def executor_of(model: nn.Module) -> Executor:
     attachment = attachment_of(model)
     assert attachment is not None

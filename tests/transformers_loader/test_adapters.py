@@ -132,11 +132,24 @@ def test_merging(placement: str, llama: Saved) -> None:
 
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
-def test_a_peft_model_from_a_folder(placement: str, plugin: Any, llama: Saved, adapter: Path) -> None:
+def test_a_peft_model_from_a_folder(placement: str, llama: Saved, adapter: Path) -> None:
+    """While the plugin is on. After `disable`, PEFT has Accelerate take over what has a device map."""
+    pytest.importorskip("hf_bigload.loaders.peft")
     model, expected = llama.load(placement), llama.plain()
-    plugin()
-    assert same(forward(peft.PeftModel.from_pretrained(model, adapter)), forward(peft.PeftModel.from_pretrained(expected, adapter)))
-    assert (attachment_of(model) is None) == (placement not in OFFLOADED)
+    device_map = dict(model.hf_device_map)
+    hf_bigload.enable()
+    wrapped, wanted = (peft.PeftModel.from_pretrained(each, adapter, "one") for each in (model, expected))
+    assert same(forward(wrapped), forward(wanted))
+    for each in (wrapped, wanted):
+        each.load_adapter(adapter, "two")
+        each.set_adapter("two")
+    assert same(forward(wrapped), forward(wanted))
+    assert model.hf_device_map == device_map
+    if placement in OFFLOADED:
+        stats = hf_bigload.inspect(model).stats
+        before = stats.bytes_read
+        assert same(generate(wrapped), generate(wanted))
+        assert stats.bytes_read > before  # still streaming
 
 
 @pytest.mark.parametrize("placement", OFFLOADED)

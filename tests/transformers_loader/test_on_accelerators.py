@@ -30,7 +30,8 @@ from .models import (
     save_tokenizer,
 )
 
-NAMES = ["llama", "t5", *(pytest.param(name, marks=pytest.mark.slow) for name in CONFIGS if name not in ("llama", "t5"))]
+QUICK = ("llama", "t5")
+NAMES = [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in CONFIGS if name not in QUICK)]
 ROOM = 1 << 20
 """Bytes beside the weights, for activations and caches."""
 

@@ -101,6 +101,13 @@ def test_sharded_training_is_the_librarys(
     assert plans == [] and asked == [True]
 
 
+@pytest.mark.parametrize("device_map", ["meta", {"": "meta"}, torch.device("meta")])
+def test_a_model_without_weights_is_the_librarys(device_map: Any, llama: Saved, plans: list[str]) -> None:
+    model = llama.load(device_map=device_map)
+    assert plans == []
+    assert all(parameter.is_meta for parameter in model.parameters())
+
+
 def test_a_config_alone_is_not_ours(llama: Saved, plans: list[str]) -> None:
     with hf_bigload.enable(), torch.device("cpu"):
         AutoModelForCausalLM.from_config(CONFIGS["llama"])

@@ -5,6 +5,7 @@
 #include "aliasing.h"
 #include "generators.h"
 
+#include <c10/core/InferenceMode.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -130,6 +131,9 @@ void run_on_cpu(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   const auto arguments = torch::jit::last(*stack, schema.arguments().size());
   const auto device = common_device(schema, arguments);
   launch(op, arguments, device);
+  // A view of a tensor made outside inference mode is no inference tensor either, in whatever mode it is made.
+  const bool views_normal = only_geometry(op) && !arguments.empty() && arguments[0].isTensor() &&
+                            !arguments[0].toTensor().is_inference();
 
   Aliases aliases;
   const auto first_argument = stack->size() - arguments.size();
@@ -142,6 +146,7 @@ void run_on_cpu(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
     op.redispatchBoxed(c10::DispatchKeySet(c10::DispatchKey::CPU), stack);
   }
   aliases.write_back();
+  c10::InferenceMode mode(c10::InferenceMode::is_enabled() && !views_normal);
   const auto first_result = stack->size() - schema.returns().size();
   for (size_t i = first_result; i < stack->size(); i++) {
     auto& value = (*stack)[i];
