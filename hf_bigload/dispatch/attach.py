@@ -16,7 +16,6 @@ from torch import nn
 from ..errors import DoesNotFitError, human_bytes
 from ..hardware import free_by_accelerator, free_ram, map_value, torch_device
 from ..module_tensors import as_device, iter_hooks
-from ..skeleton import gathers
 from ..specs import CPU, DISK, Placement, Plan
 from .executor import CPU_DEVICE, Executor, Scope, Stats, unwatch, watch
 from .hooks import Forward, ModelHook, SequentialHook, add_hook_to_module, remove_hook_from_module, untraced
@@ -81,7 +80,7 @@ class AlignDevicesHook(ModelHook):
         """True: leases everything below the module. False: only its own tensors. None: leases nothing."""
         self.at_home, self.moves, self.offload = at_home, moves, offload
         self.returns = returns
-        """Outputs go back to the device of the module that called."""
+        """Outputs go back to the device of the module that called, which goes on computing with them."""
         self.skip_keys = list(skip_keys)
         self.io_same_device = io_same_device
         """Outputs go back to the device of the inputs."""
@@ -128,7 +127,7 @@ class AlignDevicesHook(ModelHook):
     def run(self, module: nn.Module, forward: Forward, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         if self.executor is None:
             return forward(*args, **kwargs)
-        outputs_to = self._outputs_to(module, args, kwargs)
+        outputs_to = self._outputs_to(args, kwargs)
         scope = Scope(self.executor, self.runs_on, lasting=not self.whole and bool(module._modules))
         try:
             scope.enter(self._weights(module), self.at_home)
@@ -165,8 +164,8 @@ class AlignDevicesHook(ModelHook):
             return []
         return self.executor.tensors(module, self.whole, self.runs_on)
 
-    def _outputs_to(self, module: nn.Module, args: Any, kwargs: Any) -> torch.device | None:
-        """Back to the inputs' device for the model as a whole; to whoever called for a table, or a piece of a cut block.
+    def _outputs_to(self, args: Any, kwargs: Any) -> torch.device | None:
+        """To the inputs' device for the model as a whole, to the caller's for all else but whole blocks.
 
         Not to the inputs' device for whatever happens to be outermost: a block that a checkpoint runs again has to do
         as it did within the model.
@@ -176,7 +175,7 @@ class AlignDevicesHook(ModelHook):
         if self.io_same_device:
             return find_device([args, kwargs])
         outside = self.executor.scope_device()
-        if outside is not None and (self.returns or gathers(module)):
+        if outside is not None and self.returns:
             return outside
         return self.device if self.at_home else None
 
@@ -217,7 +216,7 @@ def _hook_blocks(model: nn.Module, plan: Plan, hook: Any, moves: bool) -> None:
             device=torch_device(placement.device),
             whole=placement.block.whole,
             at_home=placement.at_home,
-            returns=placement.block.part_of is not None,
+            returns=not placement.block.whole,
             offload=leases,
             io_same_device=not placement.block.name,
         )
@@ -236,9 +235,7 @@ def _hook_containers(model: nn.Module, plan: Plan, hook: Any) -> None:
     for path, placement in first.items():
         module = model.get_submodule(path)
         if path not in blocks and type(module).forward is not nn.Module.forward:
-            cut = placement.block.part_of
-            inside_cut = cut is not None and path.startswith(f"{cut}.")
-            container = hook(device=torch_device(placement.device), returns=inside_cut, io_same_device=not path)
+            container = hook(device=torch_device(placement.device), returns=True, io_same_device=not path)
             add_hook_to_module(module, container, append=True)
 
 

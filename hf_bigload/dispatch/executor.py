@@ -11,6 +11,7 @@ with one exception, which cannot go round in a circle: see `Executor._wait_for_l
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 import weakref
@@ -30,6 +31,8 @@ from ..errors import OffloadedWeightError
 from .moving import map_tensors
 from .residency import CPU_DEVICE, Machine, MemoryResident, Residency, Stats, resting, version_of
 from .ring import Slot, address_of, span_bytes
+
+logger = logging.getLogger(__name__)
 
 __all__ = ["CPU_DEVICE", "Executor", "Machine", "Scope", "Stats", "unwatch", "watch"]
 
@@ -365,9 +368,21 @@ class Executor:
         if held is None and not self._may_swap(tensor) and tensor.device == scope.device:
             return tensor
         if held is None:
-            self.lease(scope, [tensor])
+            self._borrow(scope, tensor)
             held = self._thread.find(tensor, scope.device)
         return tensor if held is None else held
+
+    def _borrow(self, scope: Scope, tensor: torch.Tensor) -> None:
+        """Bring a weight that the scope's module reads although another one owns it.
+
+        Where it does not fit, it stays at home: many a module only wants to know its dtype.
+        """
+        try:
+            self.lease(scope, [tensor])
+        except torch.OutOfMemoryError as error:
+            logger.warning(
+                "%s is read outside its module, and stays on %s: %s", self._told(tensor), tensor.device, error
+            )
 
     def pack(self, tensor: torch.Tensor) -> Any:
         """What autograd keeps instead of a tensor that it wants to save: for a weight in a slot, where it rests."""
@@ -470,17 +485,20 @@ class Scope:
             return output
         return map_tensors(lambda t: t.clone() if any(slot.covers(t) for slot in slots) else t, output)
 
-    def guard(self) -> Any:
-        """A context in which autograd saves where a weight rests instead of a slot, and reads it again.
+    @contextmanager
+    def guard(self) -> Iterator[None]:
+        """A context in which nothing of a slot is kept for later: not by autocast, and not by autograd.
 
-        Where somebody else already decides what autograd saves (a checkpoint, `save_on_cpu`), they go on deciding.
-        What they keep of a slot costs the ring that slot.
+        Autograd saves where a weight rests instead, and reads it again. Where somebody else already decides what it
+        saves (a checkpoint, `save_on_cpu`), they go on deciding; what they keep of a slot costs the ring that slot.
         """
-        if not torch.is_grad_enabled() or not (self.executor.watching or any(f.slots for f in self.fetches)):
-            return nullcontext()
-        if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
-            return nullcontext()
-        return saved_tensors_hooks(self.executor.pack, _unpack)
+        travelled = any(fetch.slots for fetch in self.fetches)
+        forgetful = travelled and torch.is_autocast_enabled(self.device.type)
+        theirs = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+        saves = torch.is_grad_enabled() and (travelled or self.executor.watching) and not theirs
+        hooks = saved_tensors_hooks(self.executor.pack, _unpack) if saves else nullcontext()
+        with _uncached_casts() if forgetful else nullcontext(), hooks:
+            yield
 
 
 # ---------------------------------------------------------------- autograd
@@ -557,6 +575,17 @@ class _Resting:
         for slot in slots:
             machine.ring(self.device).lose(slot)  # lives as long as what is returned
         return arrived
+
+
+@contextmanager
+def _uncached_casts() -> Iterator[None]:
+    """Autocast keeps what it cast until its context ends: of a model that streams, that would be all of it."""
+    before = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(before)
 
 
 def _unpack(saved: _Kept | _Resting) -> torch.Tensor:

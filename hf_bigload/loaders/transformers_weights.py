@@ -64,9 +64,7 @@ class Assignment:
     """(key, first weight, the pattern of the converter that takes it)."""
 
 
-def load_weights(
-    model: Any, source: Source, load_config: Any, materializer: Materializer
-) -> LoadStateDictInfo:
+def load_weights(model: Any, source: Source, load_config: Any, materializer: Materializer) -> LoadStateDictInfo:
     """Fill `model` from `source`; what is missing, unexpected or mismatched is reported as the library reports it."""
     return _Loading(model, source, load_config, materializer).run()
 

@@ -18,11 +18,12 @@ from importlib.metadata import version
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from time import monotonic
 from typing import Any
 
 import torch
 
-from .compare import PLACEMENTS, Record, compare
+from .compare import BUDGET, Record, compare
 from .patches import NOT_BUILDABLE
 from .tiny import Architecture, architectures
 
@@ -39,12 +40,14 @@ class Run:
     title: str
     engine: str = "hf_bigload"
     dtype: torch.dtype = torch.float32
+    budget: float = BUDGET
 
 
 RUNS = (
     Run("hf_bigload"),
     Run("hf_bigload, the fp32 checkpoint loaded in bf16", dtype=torch.bfloat16),
     Run("stock: Transformers with Accelerate", engine="stock"),
+    Run("stock, with less memory", engine="stock", budget=0.1),
 )
 
 
@@ -62,44 +65,58 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def records_of(run: Run, chosen: Sequence[Architecture], jobs: int = 1) -> Iterator[Record]:
     """How each of `chosen` fares, as they end. A crash or a hang costs its own architecture only."""
-    waiting, running = deque(chosen), {}
+    waiting = deque(chosen)
+    running: list[_Running] = []
     while waiting or running:
         while waiting and len(running) < jobs:
-            which = waiting.popleft()
-            running[which] = _start(run, which)
-        ended = wait([process.sentinel for process, _ in running.values()], timeout=LIMIT_S)
-        for which, (process, answer) in list(running.items()):
-            if process.sentinel in ended or not ended:
-                del running[which]
-                record = _answer(which, process, answer)
-                print(f"{run.title}: {record.name}: {_first_line(_why(record)) or 'equal'}", flush=True)
-                yield record
+            running.append(_Running.start(run, waiting.popleft()))
+        wait([r.process.sentinel for r in running], timeout=max(0.0, min(r.deadline for r in running) - monotonic()))
+        for one in [r for r in running if r.is_over]:
+            running.remove(one)
+            record = one.record()
+            print(f"{run.title}: {record.name}: {_first_line(_why(record)) or 'equal'}", flush=True)
+            yield record
 
 
-def _start(run: Run, which: Architecture) -> tuple[Any, Connection]:
-    context = multiprocessing.get_context("fork")  # the libraries' imports take longer than most comparisons
-    answer, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_compare_alone, args=(run, which, sender))
-    process.start()
-    sender.close()
-    return process, answer
+@dataclass(frozen=True, eq=False)
+class _Running:
+    """A comparison in a process of its own."""
+
+    which: Architecture
+    process: Any
+    answer: Connection
+    deadline: float
+
+    @classmethod
+    def start(cls, run: Run, which: Architecture) -> _Running:
+        context = multiprocessing.get_context("fork")  # the libraries' imports take longer than most comparisons
+        answer, sender = context.Pipe(duplex=False)
+        process = context.Process(target=_compare_alone, args=(run, which, sender))
+        process.start()
+        sender.close()
+        return cls(which, process, answer, monotonic() + LIMIT_S)
+
+    @property
+    def is_over(self) -> bool:
+        return not self.process.is_alive() or monotonic() >= self.deadline
+
+    def record(self) -> Record:
+        answered = self.answer.poll() and not self.process.is_alive()
+        self.process.kill()
+        self.process.join()
+        try:
+            if answered:
+                return self.answer.recv()
+        except EOFError:  # it ended without a word
+            pass
+        failure = f"no answer (exit code {self.process.exitcode}, limit {LIMIT_S} s)"
+        return Record(self.which.name, self.which.model_class.__name__, differences={"any": failure})
 
 
 def _compare_alone(run: Run, which: Architecture, sender: Connection) -> None:
     warnings.simplefilter("ignore")
     with open(os.devnull, "w") as null, redirect_stdout(null), redirect_stderr(null), TemporaryDirectory() as folder:
-        sender.send(compare(which, Path(folder), run.engine, run.dtype))
-
-
-def _answer(which: Architecture, process: Any, answer: Connection) -> Record:
-    if answer.poll():
-        record = answer.recv()
-        process.join()
-        return record
-    process.kill()
-    process.join()
-    failure = f"no answer (exit code {process.exitcode}, limit {LIMIT_S} s)"
-    return Record(which.name, which.model_class.__name__, differences={"any": failure})
+        sender.send(compare(which, Path(folder), run.engine, run.dtype, run.budget))
 
 
 # ---------------------------------------------------------------- the report
@@ -115,7 +132,8 @@ def report(results: dict[Run, list[Record]]) -> str:
         "placement. Equal means: all outputs of a forward, before and after a greedy `generate`, its tokens, the whole "
         "`state_dict` and every buffer have the same bits, nothing is on the meta device, and the plan did stream. "
         "Released slots are filled with not-a-numbers.",
-        "`40%`: a budget of RAM of 0.4 of the weights, which includes what is streamed through. `disk`: everything on "
+        "A percentage: a budget of RAM, of the bytes of the weights, that includes what is streamed through. A plan "
+        "that uses more is counted as not equal. Stock is asked for outputs and tokens only. `disk`: everything on "
         "disk. `alternate`: every second weight on disk.",
         f"CPU, one thread; {packages}.",
     ]
@@ -124,7 +142,7 @@ def report(results: dict[Run, list[Record]]) -> str:
 
 def _section(run: Run, records: list[Record]) -> str:
     built = [r for r in records if not r.not_built]
-    placements = [p for p in PLACEMENTS if any(p in r.differences for r in built)]
+    placements = dict.fromkeys(p for r in built for p in r.differences)
     rows = [f"| {p} | {_equal_under(p, built)} of {len(built)} |" for p in placements]
     generating = sum(r.generates for r in built)
     lines = [

@@ -26,9 +26,8 @@ SHARDS = 8
 BUDGET = 0.4
 """Of a model's bytes, allowed in RAM: resident weights and what the others stream through."""
 
-BUDGETED, ON_DISK, ALTERNATE = "40%", "disk", "alternate"
-PLACEMENTS = (BUDGETED, ON_DISK, ALTERNATE)
-"""A budget of RAM, nothing in RAM, and every second weight in it: blocks whose weights rest in two places."""
+ON_DISK, ALTERNATE = "disk", "alternate"
+"""Nothing in RAM; every second weight in it, so that the weights of one block rest in two places."""
 
 EQUAL = ""
 
@@ -65,22 +64,37 @@ class Case:
     folder: Path
     engine: str
     dtype: torch.dtype
+    budget: float
+
+    @property
+    def ours(self) -> bool:
+        return self.engine == "hf_bigload"
+
+    @property
+    def placements(self) -> tuple[str, ...]:
+        budgeted = f"{self.budget:.0%}"
+        return (budgeted, ON_DISK, ALTERNATE) if self.ours else (budgeted,)
 
     def load(self, **placed: Any) -> PreTrainedModel:
         return self.which.auto.from_pretrained(self.folder, dtype=self.dtype, **placed).eval()
 
 
 def compare(
-    which: Architecture, folder: Path, engine: str = "hf_bigload", dtype: torch.dtype = torch.float32
+    which: Architecture,
+    folder: Path,
+    engine: str = "hf_bigload",
+    dtype: torch.dtype = torch.float32,
+    budget: float = BUDGET,
 ) -> Record:
     """Save a random fp32 model to `folder`, load it plainly and under each placement, and compare.
 
     Args:
         engine: "hf_bigload", or "stock": the same calls with Transformers and Accelerate alone, at the budget only.
         dtype: what it is loaded in.
+        budget: of its bytes, allowed in RAM in the first placement.
     """
     record = Record(which.name, which.model_class.__name__)
-    case = Case(which, folder, engine, dtype)
+    case = Case(which, folder, engine, dtype, budget)
     with _reproducible():
         try:
             _save(case)
@@ -92,7 +106,7 @@ def compare(
             return record
         record.nbytes = bytes_of(plain)
         record.generates = expected.tokens is not None
-        for placement in PLACEMENTS if engine == "hf_bigload" else (BUDGETED,):
+        for placement in case.placements:
             record.differences[placement] = _difference(case, placement, plain, expected)
     return record
 
@@ -107,7 +121,7 @@ def bytes_of(model: torch.nn.Module) -> int:
     return sum(p.numel() * p.element_size() for p in model.parameters())
 
 
-def compute(which: Architecture, model: PreTrainedModel) -> Computed:
+def compute(which: Architecture, model: Any) -> Computed:
     """A forward, and a greedy continuation where the library can generate with this model."""
     inputs = tiny_inputs(which, model)
     torch.manual_seed(0)  # some draw inside their forward
@@ -144,28 +158,27 @@ def _require_finite(computed: Computed) -> None:
 
 
 def _difference(case: Case, placement: str, plain: PreTrainedModel, expected: Computed) -> str:
-    ours = case.engine == "hf_bigload"
     try:
-        with hf_bigload.enable() if ours else contextlib.nullcontext():
-            model = case.load(**_placed(placement, case.folder, plain))
+        with hf_bigload.enable() if case.ours else contextlib.nullcontext():
+            model = case.load(**_placed(case, placement, plain))
         found = _outputs_differ(expected, compute(case.which, model))
-        if ours:
+        if case.ours:
             found = found or _weights_differ(plain, model) or _outputs_differ(expected, compute(case.which, model))
-            found = found or _misplaced(model, placement, bytes_of(plain))
+            found = found or _misplaced(case, placement, model, bytes_of(plain))
         return found
     except Exception as error:  # noqa: BLE001  the record is what is wanted of it
         return _told(error)
 
 
-def _placed(placement: str, folder: Path, plain: PreTrainedModel) -> dict[str, Any]:
+def _placed(case: Case, placement: str, plain: PreTrainedModel) -> dict[str, Any]:
     if placement == ON_DISK:
         return {"device_map": {"": DISK}}
     if placement == ALTERNATE:
         return {"device_map": {"": CPU, **_every_second_on_disk(plain)}}
     return {
         "device_map": "auto",
-        "max_memory": {CPU: int(bytes_of(plain) * BUDGET)},
-        "offload_folder": str(folder / "offload"),
+        "max_memory": {CPU: int(bytes_of(plain) * case.budget)},
+        "offload_folder": str(case.folder / "offload"),
     }
 
 
@@ -176,12 +189,12 @@ def _every_second_on_disk(model: PreTrainedModel) -> dict[str, str]:
     return {name: DISK for name, parameter in named if order[id(parameter)] % 2}
 
 
-def _misplaced(model: PreTrainedModel, placement: str, nbytes: int) -> str:
+def _misplaced(case: Case, placement: str, model: PreTrainedModel, nbytes: int) -> str:
     """A comparison of two models in RAM would prove nothing."""
-    plan, budget = hf_bigload.inspect(model).plan, int(nbytes * BUDGET)
+    plan, budget = hf_bigload.inspect(model).plan, int(nbytes * case.budget)
     if DISK not in plan.devices:
         return "equal, but nothing rests on disk"
-    if placement == BUDGETED and plan.used[CPU] > budget:
+    if placement not in (ON_DISK, ALTERNATE) and plan.used[CPU] > budget:
         return f"equal, but the plan uses {plan.used[CPU]} bytes of RAM and the budget is {budget}"
     return EQUAL
 

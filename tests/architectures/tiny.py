@@ -116,7 +116,7 @@ def tiny_model(which: Architecture, seed: int = 0) -> PreTrainedModel:
     """A random model in evaluation mode. No weight keeps a value that another weight has too (no ones, no zeros)."""
     torch.manual_seed(seed)
     config = tiny_config(which.config_class, which.name)
-    owned = isinstance(config, which.model_class.config_class)
+    owned = type(config) is which.model_class.config_class
     model = (which.model_class(config) if owned else _KINDS[which.kind][0].from_config(config)).eval()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -125,11 +125,11 @@ def tiny_model(which: Architecture, seed: int = 0) -> PreTrainedModel:
     return model
 
 
-def tiny_inputs(which: Architecture, model: PreTrainedModel, seed: int = 0) -> dict[str, torch.Tensor]:
+def tiny_inputs(which: Architecture, model: PreTrainedModel, seed: int = 0) -> dict[str, Any]:
     """What its forward takes."""
     torch.manual_seed(seed)
     words = torch.randint(FIRST_WORD, LAST_WORD, (2, 8))
-    inputs = {"input_ids": words}
+    inputs: dict[str, Any] = {"input_ids": words}
     if which.kind == "seq2seq":
         inputs["decoder_input_ids"] = words.flip(1)
     make = INPUTS.get(which.name)

@@ -59,3 +59,8 @@ def plain(saved: Library) -> Callable[..., PreTrainedModel]:
 @pytest.fixture
 def llama(saved: Library) -> Saved:
     return saved("llama")
+
+
+@pytest.fixture
+def deep(saved: Library) -> Saved:
+    return saved("deep")

@@ -13,7 +13,6 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import (
-    AutoModel,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     BartConfig,
@@ -30,7 +29,8 @@ from transformers import (
 import hf_bigload
 
 VOCABULARY = 128
-LAYERS = 12  # so that one layer's name begins with another's: layers.1, layers.10
+LAYERS = 12
+"""Of the deep Llama, in which one layer's name begins with another's: layers.1, layers.10."""
 NEW_TOKENS = 5
 SHARD_BYTES = 60_000
 
@@ -41,10 +41,13 @@ _DECODER: dict[str, Any] = {**_SMALL, "hidden_size": 32, "num_attention_heads": 
 
 def _configs() -> dict[str, PreTrainedConfig]:
     t5 = {**_ENCODER_DECODER, "d_ff": 80, "d_kv": 8, "num_layers": 3, "num_heads": 4}
-    bart_layers = {f"{side}_{what}": n for side in ("encoder", "decoder") for what, n in
-                   (("layers", 3), ("ffn_dim", 64), ("attention_heads", 4))}
+    bart_layers = {
+        f"{side}_{what}": n
+        for side in ("encoder", "decoder")
+        for what, n in (("layers", 3), ("ffn_dim", 64), ("attention_heads", 4))
+    }
     return {
-        "llama": LlamaConfig(**_DECODER, intermediate_size=64, num_hidden_layers=LAYERS, num_key_value_heads=2),
+        "llama": LlamaConfig(**_DECODER, intermediate_size=64, num_hidden_layers=5, num_key_value_heads=2),
         "gpt2": GPT2Config(**_SMALL, n_embd=32, n_layer=4, n_head=4, n_positions=128),
         "mixtral": MixtralConfig(
             **_DECODER, intermediate_size=48, num_hidden_layers=3, num_key_value_heads=2, num_local_experts=4
@@ -52,17 +55,16 @@ def _configs() -> dict[str, PreTrainedConfig]:
         "hrm_text": HrmTextConfig(**_DECODER, intermediate_size=48, num_hidden_layers=2, head_dim=8, L_cycles=2),
         "t5": T5Config(**t5, feed_forward_proj="gated-gelu", tie_word_embeddings=False),
         "bart": BartConfig(
-            **_ENCODER_DECODER, **bart_layers, max_position_embeddings=128,
+            **_ENCODER_DECODER,
+            **bart_layers,
+            max_position_embeddings=128,
             forced_eos_token_id=None,
         ),
     }
 
 
 CONFIGS = _configs()
-DECODERS = ("llama", "gpt2", "mixtral")
-ENCODER_DECODERS = ("t5", "bart")
-FUSED = {"mixtral": "gate_up_proj", "hrm_text": "q_proj"}
-"""Models whose checkpoint has other tensors than they: many make one, or one makes many."""
+DEEP = LlamaConfig(**_DECODER, intermediate_size=64, num_hidden_layers=LAYERS, num_key_value_heads=2)
 
 RESIDENT, BUDGETED, ON_DISK = "resident", "budgeted", "on disk"
 PLACEMENTS = (RESIDENT, BUDGETED, ON_DISK)
@@ -96,8 +98,8 @@ class Saved:
 
 
 def new_model(name: str) -> PreTrainedModel:
-    """A random model of one of `CONFIGS`; every call gives the same one."""
-    config = copy.deepcopy(CONFIGS[name])  # a save writes to it
+    """A random model of one of `CONFIGS`, or the "deep" Llama; every call gives the same one."""
+    config = copy.deepcopy(CONFIGS.get(name, DEEP))  # a save writes to it
     auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     torch.manual_seed(0)
     return auto.from_config(config).eval()
@@ -179,8 +181,3 @@ def assert_same_model(model: torch.nn.Module, expected: torch.nn.Module, device:
     assert same(forward(model, device), wanted)
     assert_same_weights(model, expected)
     assert same(forward(model, device), wanted)
-
-
-def base_model(saved: Saved) -> Saved:
-    """The same checkpoint, to be loaded without its head."""
-    return Saved(saved.folder, AutoModel, saved.nbytes)

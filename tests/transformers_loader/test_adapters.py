@@ -84,9 +84,8 @@ def test_the_name_of_an_adapter_instead_of_a_model(placement: str, llama: Saved,
 
 
 @pytest.mark.parametrize("placement", OFFLOADED)
-def test_training_an_adapter(placement: str, plugin: Any, llama: Saved, tmp_path: Path) -> None:
+def test_training_an_adapter(placement: str, llama: Saved, tmp_path: Path) -> None:
     model, expected = with_adapter(llama.load(placement)), with_adapter(llama.plain())
-    plugin()
     for each in (model, expected):
         trained = [parameter for parameter in each.parameters() if parameter.requires_grad]
         assert 0 < len(trained) < len(list(each.parameters()))
@@ -104,9 +103,9 @@ def test_training_an_adapter(placement: str, plugin: Any, llama: Saved, tmp_path
 
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
-def test_a_peft_model_around_it(placement: str, plugin: Any, llama: Saved) -> None:
+def test_a_peft_model_around_it(placement: str, llama: Saved) -> None:
     model, expected = llama.load(placement), llama.plain()
-    plugin()
+    hf_bigload.enable()
     wrapped = []
     for each in (model, expected):
         torch.manual_seed(5)

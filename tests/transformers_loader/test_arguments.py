@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import gc
-import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +24,6 @@ from transformers import (
 )
 
 import hf_bigload
-from examples.embedded_hub import EmbeddedHub
 
 from .models import (
     OFFLOADED,
@@ -37,7 +33,6 @@ from .models import (
     assert_same_model,
     assert_same_weights,
     bytes_of,
-    new_model,
     same,
     save,
 )
@@ -196,42 +191,6 @@ def _custom_repository(folder: Path) -> Saved:
     torch.save(model.state_dict(), folder / "pytorch_model.bin")
     (folder / "modeling_custom.py").write_text(CUSTOM_CODE)
     return Saved(folder, AutoModel, bytes_of(model))
-
-
-# ---------------------------------------------------------------- from the Hub
-
-FROM_HUB = """
-import json
-from transformers import AutoModelForCausalLM
-import hf_bigload
-
-from tests.transformers_loader.models import forward, same
-
-def load(**kwargs):
-    return AutoModelForCausalLM.from_pretrained("org/tiny", **kwargs)
-
-said = {}
-for revision in ("main", "other"):
-    plain = load(revision=revision)
-    with hf_bigload.enable():
-        model = load(revision=revision, device_map="auto", max_memory={"cpu": 130_000})
-    said[revision] = same(forward(model), forward(plain)) and set(model.hf_device_map.values()) == {"cpu", "disk"}
-said["revisions differ"] = not same(forward(plain), forward(load()))
-print(json.dumps(said))
-"""
-
-
-def test_revisions_of_a_repository_on_the_hub(tmp_path: Path) -> None:
-    save("gpt2", tmp_path / "main")
-    other = new_model("gpt2")
-    with torch.no_grad():
-        other.transformer.ln_f.weight += 1
-    other.save_pretrained(tmp_path / "other")
-    with EmbeddedHub({"org/tiny": {"main": tmp_path / "main", "other": tmp_path / "other"}}) as hub:
-        environment = {**os.environ, **hub.environment(), "PYTHONPATH": str(Path(__file__).parents[2])}
-        done = subprocess.run([sys.executable, "-c", FROM_HUB], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout) == {"main": True, "other": True, "revisions differ": True}
 
 
 # ---------------------------------------------------------------- classes

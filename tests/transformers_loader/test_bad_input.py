@@ -34,14 +34,14 @@ INDEX = "model.safetensors.index.json"
 
 
 @pytest.fixture
-def folder(llama: Saved, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(llama.folder, tmp_path / "checkpoint"))
+def folder(deep: Saved, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(deep.folder, tmp_path / "checkpoint"))
 
 
 @pytest.fixture
-def checkpoint(folder: Path, llama: Saved) -> Iterator[Saved]:
+def checkpoint(folder: Path, deep: Saved) -> Iterator[Saved]:
     """A sharded checkpoint for a test to damage; what the test leaves there, loading it must not change."""
-    yield Saved(folder, llama.auto, llama.nbytes)
+    yield Saved(folder, deep.auto, deep.nbytes)
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -186,7 +186,7 @@ def test_a_shard_that_changes_after_the_load_is_never_read(checkpoint: Saved, pl
 def test_a_checkpoint_that_is_removed_after_the_load_goes_on_streaming(checkpoint: Saved, plain: Any) -> None:
     model = checkpoint.load(ON_DISK)
     shutil.rmtree(checkpoint.folder)
-    assert_same_model(model, plain("llama"))
+    assert_same_model(model, plain("deep"))
 
 
 # ---------------------------------------------------------------- maps and budgets
@@ -317,5 +317,5 @@ def test_what_is_in_the_offload_folder_stays(checkpoint: Saved, tmp_path: Path) 
 
 def test_a_load_after_one_that_failed(checkpoint: Saved, plain: Any) -> None:
     refused(checkpoint, BudgetError, "No placement", device_map="auto", max_memory={"cpu": 10})
-    assert_same_model(checkpoint.load(BUDGETED), plain("llama"))
-    assert_same_model(checkpoint.plain(), plain("llama"))
+    assert_same_model(checkpoint.load(BUDGETED), plain("deep"))
+    assert_same_model(checkpoint.plain(), plain("deep"))

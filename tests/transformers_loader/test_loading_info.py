@@ -49,7 +49,11 @@ def assert_reported_alike(checkpoint: Saved, placement: str, **kwargs: Any) -> I
 def bert(tmp_path_factory: pytest.TempPathFactory) -> Saved:
     folder = tmp_path_factory.mktemp("bert")
     config = BertConfig(
-        vocab_size=128, hidden_size=32, num_hidden_layers=4, num_attention_heads=4, intermediate_size=64,
+        vocab_size=128,
+        hidden_size=32,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        intermediate_size=64,
         max_position_embeddings=64,
     )
     model = BertForMaskedLM(config)

@@ -145,7 +145,7 @@ MAPS: dict[str, dict[str, Any]] = {
     "device, RAM and disk": {"": 0, "model.layers.1": "cpu", "model.layers.3": "disk", "lm_head.weight": "cpu"},
     "only the head": {"": "cpu", "lm_head": 0},
     "only the embedding": {"": "disk", "model.embed_tokens": 1},
-    "back and forth": {"": 0, "model.layers.4": 1, "model.layers.6.mlp": 1, "model.layers.8.mlp.up_proj.weight": 1},
+    "back and forth": {"": 0, "model.layers.1": 1, "model.layers.3.mlp": 1, "model.layers.4.mlp.up_proj.weight": 1},
 }
 
 
@@ -158,10 +158,9 @@ def test_a_map(device_map: dict[str, Any], llama: Saved, plain: Any, two: None) 
     assert same(generate(model, model.device), generate(plain("llama")))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", NAMES)
-def test_16_bit(name: str, dtype: torch.dtype, saved: Any, plain: Any, one: None) -> None:
-    options = {"dtype": dtype, **EAGER.get(name, {})}
+def test_16_bit(name: str, saved: Any, plain: Any, one: None) -> None:
+    options = {"dtype": torch.float16, **EAGER.get(name, {})}
     model = saved(name).load(device_map="auto", max_memory=budgets(saved(name), 0.2, cpu=0.2), **options)
     assert {0, "disk"} <= set(model.hf_device_map.values())
     assert_same_on("sim:0", model, plain(name, **options))

@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 ABSENT = "accelerate"
+REPOSITORY = "org/tiny"
+"""On the Hub that the environment names; a GPT-2, with other weights on its branch "other"."""
 Check = Callable[[Path], None]
 CHECKS: dict[str, Check] = {}
 
@@ -55,7 +57,7 @@ if __name__ == "__main__":
     hide()
 
 import torch  # noqa: E402
-from transformers import CompileConfig, PreTrainedModel, pipeline  # noqa: E402
+from transformers import AutoModelForCausalLM, CompileConfig, PreTrainedModel, pipeline  # noqa: E402
 from transformers.models.gemma3n import Gemma3nForCausalLM, Gemma3nTextConfig  # noqa: E402
 from transformers.models.gemma4 import Gemma4ForCausalLM, Gemma4TextConfig  # noqa: E402
 from transformers.utils import is_accelerate_available, logging  # noqa: E402
@@ -144,6 +146,20 @@ def the_pipeline(folder: Path) -> None:
             written = pipeline("text-generation", model=str(folder), device_map="auto")
         assert written("w5 w9 w7", **options) == expected
         assert ("disk" in written.model.hf_device_map.values()) == (budget == "200KB")
+
+
+@check
+def revisions_of_a_repository_on_the_hub(folder: Path) -> None:
+    def load(**kwargs: Any) -> PreTrainedModel:
+        return AutoModelForCausalLM.from_pretrained(REPOSITORY, **kwargs)
+
+    plain = {revision: load(revision=revision) for revision in ("main", "other")}
+    assert not same(forward(plain["main"]), forward(plain["other"]))
+    for revision, expected in plain.items():
+        with hf_bigload.enable():
+            model = load(revision=revision, device_map="auto", max_memory={"cpu": "130KB"})
+        assert "disk" in model.hf_device_map.values()
+        assert_same_model(model, expected)
 
 
 @check
