@@ -245,6 +245,7 @@ def _fill(
     in_place: bool = False,
 ) -> None:
     """Give every tensor of `model` that the checkpoint has its value; everything is checked before the first is set."""
+    _warn_of_extra_state(model)
     groups = _tensors_by_object(model)
     index, in_memory = materializer.with_legacy_files(index)
     found = {*index.entries, *in_memory}
@@ -284,6 +285,13 @@ def _tensors_by_object(model: nn.Module, persistent_only: bool = True) -> list[l
 def _tensor(model: nn.Module, name: str) -> torch.Tensor:
     owner, _, leaf = name.rpartition(".")
     return getattr(model.get_submodule(owner), leaf)
+
+
+def _warn_of_extra_state(model: nn.Module) -> None:
+    """Extra state is no tensor with a place in a file, so it is not read here."""
+    keeps = [n for n, m in model.named_modules() if type(m).get_extra_state is not nn.Module.get_extra_state]
+    if keeps:
+        logger.warning("Extra state is not loaded; set it with set_extra_state on: %s", _some(keeps))
 
 
 def _check_keys(model: nn.Module, groups: list[list[str]], found: set[str], strict: bool) -> None:

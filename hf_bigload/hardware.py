@@ -30,7 +30,7 @@ def probe(max_memory: MaxMemory | None = None) -> Hardware:
     """The memory a plan may use, in bytes.
 
     Without `max_memory`, what is free now less `HEADROOM`. With it, exactly what it allows: a device that it does not
-    name is not used, as Accelerate documents it.
+    name is not used, as Accelerate documents it (weights from disk may still pass through RAM).
 
     Raises:
         DeviceMapError: `max_memory` names a device that this machine does not have, or a size that is none.
@@ -39,20 +39,23 @@ def probe(max_memory: MaxMemory | None = None) -> Hardware:
         keep = 1 - HEADROOM
         free = free_by_accelerator()
         return Hardware({name: int(count * keep) for name, count in free.items()}, int(free_ram() * keep))
+    if not isinstance(max_memory, Mapping):
+        raise DeviceMapError(f"max_memory={max_memory!r} is not a map: write it as {{0: '10GiB', 'cpu': '30GiB'}}.")
     limits = {memory_key(key): _size(key, value) for key, value in max_memory.items()}
+    passage = 0 if CPU in limits else int(free_ram() * (1 - HEADROOM))
     ram = limits.pop(CPU, 0)
     limits.pop(DISK, None)
     known = accelerator_names()
     unknown = [name for name in limits if name not in known]
     if unknown:
         raise DeviceMapError(f"max_memory names {', '.join(unknown)}, but this machine has {_listing(known)}.")
-    return Hardware({name: limits[name] for name in known if name in limits}, ram, max_is_explicit=True)
+    return Hardware({name: limits[name] for name in known if name in limits}, ram, passage)
 
 
 def _size(key: Any, value: int | str) -> int:
     try:
         size = parse_size(value) if isinstance(value, str) else int(value)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise DeviceMapError(f"max_memory[{key!r}] = {value!r} is not a size: use bytes or text as '10GiB'.") from error
     if size < 0:
         raise DeviceMapError(f"max_memory[{key!r}] = {value!r} is negative.")

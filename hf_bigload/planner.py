@@ -50,7 +50,8 @@ def make_plan(
         placements = _Offload(spec, hardware, offload_buffers, last_first=strategy != "sequential").placements()
     else:
         placements = resident
-    main = next(iter(hardware.devices), CPU)
+    computes = {placement.device for placement in placements}
+    main = next((name for name in hardware.devices if name in computes), CPU)
     return _finish(spec, placements, main, hardware, offload_buffers, map_value)
 
 
@@ -190,7 +191,7 @@ class _Offload:
         try:
             return self._below(list(self._best_ring().homes))
         except BudgetError:  # what comes from disk passes through RAM: whole blocks may be too large for that
-            self.units = self._cut(min(self.limit, self.hardware.ram))
+            self.units = self._cut(min(self.limit, self.hardware.ram or self.hardware.passage))
             return self._below(list(self._best_ring().homes))
 
     def _cut(self, limit: int) -> tuple[BlockSpec, ...]:
@@ -269,7 +270,10 @@ class _Offload:
     def _with_staging(self, units: Sequence[BlockSpec], staging: int) -> list[bool] | None:
         """In RAM: all that `staging` bytes cannot pass, then what else fits."""
         chosen = [self._arrival(u) > staging for u in units]
-        left = self.hardware.ram - staging - sum(u.nbytes for u, c in zip(units, chosen, strict=True) if c)
+        resident = sum(u.nbytes for u, c in zip(units, chosen, strict=True) if c)
+        if not self.hardware.ram and not resident and staging <= self.hardware.passage:
+            return chosen  # RAM was not named: nothing rests there, and what comes from disk may pass through
+        left = self.hardware.ram - staging - resident
         if left < 0:
             return None
         for i in range(len(units))[:: self.step]:
@@ -316,7 +320,7 @@ def _finish(
         placements=tuple(placements),
         device_map=device_map,
         main_device=main,
-        budget={**hardware.devices, CPU: hardware.ram},
+        budget={**hardware.devices, CPU: hardware.ram or hardware.passage},
         used=_used(placements, ring, offload_buffers),
         ring=ring,
         ties=dict(spec.ties),

@@ -84,6 +84,7 @@ BUILTIN_LOADERS = (
         trigger="transformers.modeling_utils",
         target="hf_bigload.loaders.transformers:TransformersLoader",
     ),
+    BuiltinLoader("peft", library="peft", trigger="peft.peft_model", target="hf_bigload.loaders.peft:PeftLoader"),
 )
 
 

@@ -159,8 +159,8 @@ class Hardware:
 
     devices: Mapping[str, int]
     ram: int
-    max_is_explicit: bool = False
-    """Whether the figures are the user's `max_memory` (followed to the byte) or measured (headroom is kept)."""
+    passage: int = 0
+    """Bytes of RAM that weights on their way from disk to an accelerator may take where `ram` allows for none."""
 
 
 @dataclass(frozen=True)

@@ -197,3 +197,9 @@ def test_the_decoder_which_runs_once_per_token_is_resident_before_the_encoder() 
     for hardware in (Hardware({}, 500), Hardware({"cuda:0": 500}, 10_000)):
         plan = make_plan(spec(*encoder, *decoder), hardware)
         assert {p.block.name for p in plan.placements if not p.streamed_bytes} == {d.name for d in decoder}
+
+
+def test_ram_that_is_not_named_lets_weights_from_disk_pass_and_keeps_none() -> None:
+    plan = make_plan(spec(*LAYERS), Hardware({"cuda:0": 350}, 0, passage=100))
+    assert CPU not in set(homes(plan).values()) and plan.used[CPU] == 100
+    assert_within_budget(plan)

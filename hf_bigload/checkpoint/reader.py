@@ -164,6 +164,11 @@ class Reader:
                 self._pool.start(job, parts)
         return job.future
 
+    @property
+    def closed(self) -> bool:
+        """Whether `close()` was called: nothing more can be read."""
+        return not self._stop.alive
+
     def close(self) -> None:
         """Wait for the reads under way, end the threads and close the files. Repeating it does no harm.
 

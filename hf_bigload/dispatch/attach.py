@@ -14,9 +14,9 @@ import torch
 from torch import nn
 
 from ..errors import DoesNotFitError, human_bytes
-from ..hardware import free_by_accelerator, free_ram, map_value, torch_device
+from ..hardware import free_by_accelerator, free_ram, torch_device
 from ..module_tensors import as_device, iter_hooks
-from ..specs import CPU, DISK, Placement, Plan
+from ..specs import CPU, DISK, Plan
 from .executor import CPU_DEVICE, Executor, Scope, Stats, unwatch, watch
 from .hooks import Forward, ModelHook, SequentialHook, add_hook_to_module, remove_hook_from_module, untraced
 from .moving import find_device, send_to_device
@@ -25,6 +25,7 @@ ATTRIBUTE = "_hf_bigload"
 """Where a dispatched model keeps its `Attachment`."""
 
 _MOVERS = ("to", "cpu", "cuda", "xpu", "mps", "npu", "mlu")
+_CASTS = {"half": torch.float16, "float": torch.float32, "double": torch.float64, "bfloat16": torch.bfloat16}
 
 
 @dataclass(eq=False)
@@ -56,6 +57,17 @@ def attachment_of(model: nn.Module) -> Attachment | None:
     return model.__dict__.get(ATTRIBUTE)
 
 
+@contextlib.contextmanager
+def map_hidden(model: nn.Module) -> Iterator[None]:
+    """Within the context a dispatched model has no `hf_device_map`, for libraries that take any for Accelerate's."""
+    device_map = model.__dict__.pop("hf_device_map", None)
+    try:
+        yield
+    finally:
+        if device_map is not None:
+            model.hf_device_map = device_map
+
+
 class AlignDevicesHook(ModelHook):
     """Runs a module where the plan says: weights come, inputs come, and what was borrowed goes back.
 
@@ -70,20 +82,20 @@ class AlignDevicesHook(ModelHook):
         whole: bool | None = None,
         at_home: bool = False,
         moves: bool = False,
-        returns: bool = False,
         skip_keys: Sequence[str] = (),
         offload: bool = False,
         io_same_device: bool = True,
+        returns_to: torch.device | None = None,
     ) -> None:
         self.executor, self.device = executor, device
         self.whole = whole
         """True: leases everything below the module. False: only its own tensors. None: leases nothing."""
         self.at_home, self.moves, self.offload = at_home, moves, offload
-        self.returns = returns
-        """Outputs go back to the device of the module that called, which goes on computing with them."""
         self.skip_keys = list(skip_keys)
         self.io_same_device = io_same_device
         """Outputs go back to the device of the inputs."""
+        self.returns_to = returns_to
+        """Else they go to the device of the module that calls this one, which goes on computing with them."""
 
     @property
     def execution_device(self) -> torch.device:
@@ -165,19 +177,14 @@ class AlignDevicesHook(ModelHook):
         return self.executor.tensors(module, self.whole, self.runs_on)
 
     def _outputs_to(self, args: Any, kwargs: Any) -> torch.device | None:
-        """To the inputs' device for the model as a whole, to the caller's for all else but whole blocks.
+        """To the inputs' device for the model as a whole, to the caller's for all else.
 
-        Not to the inputs' device for whatever happens to be outermost: a block that a checkpoint runs again has to do
-        as it did within the model.
+        The caller may add what a block returns to what it has (a residual, a skip connection). Its device is known from
+        the plan, not from who happens to call: a block that a checkpoint runs again does as it did within the model.
         """
         if not self.moves or self.executor is None:
             return None
-        if self.io_same_device:
-            return find_device([args, kwargs])
-        outside = self.executor.scope_device()
-        if outside is not None and self.returns:
-            return outside
-        return self.device if self.at_home else None
+        return find_device([args, kwargs]) if self.io_same_device else self.returns_to
 
 
 def attach(
@@ -198,45 +205,59 @@ def attach(
     moves = force_hooks or any(device not in (CPU, DISK) for device in plan.devices)
     hook = functools.partial(AlignDevicesHook, executor, moves=moves, skip_keys=skip_keys)
     executor.name_of = functools.partial(_name_in, weakref.ref(model))
-    _hook_blocks(model, plan, hook, moves)
+    devices = _devices(model, plan)
+    _hook_blocks(model, plan, hook, devices if moves else {})
     if moves:
-        _hook_containers(model, plan, hook)
+        _hook_containers(model, plan, hook, devices)
     setattr(model, ATTRIBUTE, Attachment(plan, executor, keep_alive))
     _guard(model)
     return model
 
 
-def _hook_blocks(model: nn.Module, plan: Plan, hook: Any, moves: bool) -> None:
+def _devices(model: nn.Module, plan: Plan) -> dict[str, torch.device]:
+    """Where each block and each module above one runs: the latter with its first block, whose inputs it makes."""
+    devices: dict[str, torch.device] = {}
+    for placement in plan.placements:
+        path = placement.block.name
+        while path:
+            path = path.rpartition(".")[0]
+            if type(model.get_submodule(path)).forward is not nn.Module.forward:
+                devices.setdefault(path, torch_device(placement.device))
+    return devices | {p.block.name: torch_device(p.device) for p in plan.placements}
+
+
+def _caller(path: str, devices: Mapping[str, torch.device]) -> torch.device | None:
+    """The device of the module that calls the one at `path`."""
+    while path:
+        path = path.rpartition(".")[0]
+        if path in devices:
+            return devices[path]
+    return None
+
+
+def _hook_blocks(model: nn.Module, plan: Plan, hook: Any, devices: Mapping[str, torch.device]) -> None:
     streamed = {t.name for p in plan.placements for t in p.block.tensors if p.home_of(t.name) != p.device}
     for placement in plan.placements:
         leases = bool(placement.streamed_bytes) or any(name in streamed for name in placement.block.borrows)
-        if not (moves or leases or placement.at_home):
+        if not (devices or leases or placement.at_home):
             continue
         block_hook = hook(
             device=torch_device(placement.device),
             whole=placement.block.whole,
             at_home=placement.at_home,
-            returns=not placement.block.whole,
             offload=leases,
             io_same_device=not placement.block.name,
+            returns_to=_caller(placement.block.name, devices),
         )
         add_hook_to_module(model.get_submodule(placement.block.name), block_hook, append=True)
 
 
-def _hook_containers(model: nn.Module, plan: Plan, hook: Any) -> None:
-    """What lies above blocks runs on the device of its first block, where its inputs and masks are then made."""
-    first: dict[str, Placement] = {}
+def _hook_containers(model: nn.Module, plan: Plan, hook: Any, devices: Mapping[str, torch.device]) -> None:
     blocks = {p.block.name for p in plan.placements}
-    for placement in plan.placements:
-        path = placement.block.name
-        while path:
-            path = path.rpartition(".")[0]
-            first.setdefault(path, placement)
-    for path, placement in first.items():
-        module = model.get_submodule(path)
-        if path not in blocks and type(module).forward is not nn.Module.forward:
-            container = hook(device=torch_device(placement.device), returns=True, io_same_device=not path)
-            add_hook_to_module(module, container, append=True)
+    for path, device in devices.items():
+        if path not in blocks:
+            container = hook(device=device, io_same_device=not path, returns_to=_caller(path, devices))
+            add_hook_to_module(model.get_submodule(path), container, append=True)
 
 
 def _name_in(model: weakref.ref[nn.Module], tensor: torch.Tensor) -> str:
@@ -251,13 +272,13 @@ def _name_in(model: weakref.ref[nn.Module], tensor: torch.Tensor) -> str:
 
 def _guard(model: nn.Module) -> None:
     """`model.to(...)` and its kin act on a dispatched model as on a resident one, or refuse before anything moves."""
-    for name in _MOVERS:
+    for name in (*_MOVERS, *_CASTS):
         if hasattr(type(model), name):
             model.__dict__[name] = functools.partial(_move, model, name)
 
 
 def _unguard(model: nn.Module) -> None:
-    for name in _MOVERS:
+    for name in (*_MOVERS, *_CASTS):
         model.__dict__.pop(name, None)
 
 
@@ -288,7 +309,18 @@ def _move(model: nn.Module, method: str, *args: Any, **kwargs: Any) -> nn.Module
     device = _target(method, args, kwargs)
     if device is not None:
         settle(model, device)
+    elif method in _CASTS or method == "to":
+        _check_cast(model, _CASTS[method] if method in _CASTS else torch._C._nn._parse_to(*args, **kwargs)[1])
     return original(*args, **kwargs)
+
+
+def _check_cast(model: nn.Module, dtype: torch.dtype | None) -> None:
+    """What rests in a file and is cast comes to memory: refuse what would not fit, before anything is cast."""
+    attachment = attachment_of(model)
+    if dtype is None or attachment is None:
+        return
+    coming = [p for p in model.parameters() if p in attachment.executor.on_disk and p.is_floating_point()]
+    _check_room([p for p in coming if p.dtype != dtype], CPU_DEVICE, dtype)
 
 
 def _target(method: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.device | None:
@@ -296,6 +328,8 @@ def _target(method: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> to
         return torch._C._nn._parse_to(*args, **kwargs)[0]
     if method == CPU:
         return CPU_DEVICE
+    if method in _CASTS:
+        return None
     index = args[0] if args else kwargs.get("device")
     return torch.device(index) if isinstance(index, torch.device | str) else torch.device(method, index or 0)
 
@@ -308,6 +342,7 @@ def settle(model: nn.Module, device: torch.device) -> None:
     """
     attachment = attachment_of(model)
     assert attachment is not None
+    torch.empty(0, device=device)  # raises, with nothing moved yet, if torch has no such device
     tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
     executor = attachment.executor
     coming = [t for t in tensors.values() if executor.home(t).device != device or t in executor.on_disk]
@@ -316,18 +351,18 @@ def settle(model: nn.Module, device: torch.device) -> None:
     with torch.inference_mode(False), torch.no_grad():
         for tensor in coming:
             tensor.data = executor.home(tensor).to(device, copy=True)
-    model.hf_device_map = {"": map_value(str(device))}  # type: ignore[assignment]
+    model.__dict__.pop("hf_device_map", None)  # a plain model, which may be moved on
 
 
-def _check_room(coming: Sequence[torch.Tensor], device: torch.device) -> None:
-    needed = sum(t.numel() * t.element_size() for t in coming)
+def _check_room(coming: Sequence[torch.Tensor], device: torch.device, dtype: torch.dtype | None = None) -> None:
+    needed = sum(t.numel() * (dtype or t.dtype).itemsize for t in coming)
     free = free_ram() if device.type == "cpu" else free_by_accelerator().get(str(device), needed)
     if needed > free:
         largest = max(t.numel() * t.element_size() for t in coming)
         raise DoesNotFitError(
-            f"The model cannot move to {device}: {human_bytes(needed)} of weights would have to come (the largest has "
-            f"{human_bytes(largest)}), and {human_bytes(free)} are free there. Nothing was moved. Keep the model "
-            "offloaded, or load it in a smaller dtype."
+            f"The model cannot move to {device}{f' as {dtype}' if dtype else ''}: {human_bytes(needed)} of weights "
+            f"would have to come (the largest has {human_bytes(largest)}), and {human_bytes(free)} are free there. "
+            "Nothing was moved. Keep the model offloaded, or load it in a smaller dtype."
         )
 
 

@@ -37,6 +37,11 @@ logger = logging.getLogger(__name__)
 __all__ = ["CPU_DEVICE", "Executor", "Machine", "Scope", "Stats", "unwatch", "watch"]
 
 
+COMPARED_BYTES = 64 * 1024
+"""Weights on the CPU up to this size are compared with what arrived: larger ones would cost what it costs to read them.
+"""
+
+
 @dataclass(eq=False)
 class Item:
     """One weight of a fetch."""
@@ -51,10 +56,14 @@ class Item:
     version: int = 0
     """Of what is used, when it arrived."""
     stand_in: torch.Tensor | None = None
+    before: torch.Tensor | None = None
+    """Of a small weight, what arrived: a write through `.data` leaves no other trace."""
 
     def appear(self) -> None:
         """Let what arrived be used."""
         assert self.arrived is not None
+        if self.arrived.device.type == "cpu" and span_bytes(self.arrived) <= COMPARED_BYTES:
+            self.before = self.arrived.clone()
         if self.swaps:
             self.version = version_of(self.tensor)
             self.tensor.data = self.arrived
@@ -74,8 +83,10 @@ class Item:
         used = self.tensor if self.swaps else self.stand_in
         if used is None or self.arrived is None:
             return False
+        if version_of(used) != self.version:
+            return True
         if isinstance(self.tensor, nn.Parameter):
-            return version_of(used) != self.version
+            return self.before is not None and not _same_bytes(self.before, self.arrived)
         home = self.residency.home  # kernels update running statistics without counting it as a write
         return home is not self.arrived and not torch.equal(home, self.arrived.to(home.device))
 
@@ -307,8 +318,9 @@ class Executor:
         if arrived is None:
             return
         if not item.swaps:
-            if item.is_written():
-                _overwrite(home, arrived)
+            used = arrived if item.stand_in is None else item.stand_in.detach()
+            if item.is_written() or not _is_same_view(used, arrived):
+                _overwrite(home, used)
                 self._count_write(tensor)
         elif _is_same_view(tensor, arrived):
             if item.is_written():
@@ -316,7 +328,9 @@ class Executor:
             tensor.data = home
         elif any(slot.covers(tensor) for slot in fetch.slots):  # another view of the slot took its place
             tensor.data = tensor.data.to(home.device, copy=True)
-        item.arrived = item.stand_in = None  # else it was never here, or something new took its place and is the home
+        item.arrived = item.stand_in = item.before = (
+            None  # else it was never here, or something new took its place and is the home
+        )
 
     def _count_write(self, tensor: torch.Tensor) -> None:
         """A stand-in was written to: the weight was, but not where another thread may have it."""
@@ -570,6 +584,8 @@ class _Resting:
         home = self.residency.home
         if home.device == self.device and isinstance(self.residency, MemoryResident):
             return home
+        if self.executor.machine.reader.closed:  # the model was settled or detached since: homes can still be read
+            return home.to(self.device)
         machine = self.executor.machine.aside
         (arrived,), slots = type(self.residency).bring([self.residency], self.device, machine)
         for slot in slots:
@@ -595,8 +611,14 @@ def _unpack(saved: _Kept | _Resting) -> torch.Tensor:
 @contextmanager
 def _outside_autograd() -> Iterator[None]:
     """Weights must never become inference tensors, nor their moves part of a graph."""
-    with torch.inference_mode(False), torch.no_grad():
+    with torch._C._DisableFuncTorch(), torch.inference_mode(False), torch.no_grad():
         yield
+
+
+def _same_bytes(one: torch.Tensor, other: torch.Tensor) -> bool:
+    if one.is_contiguous() and other.is_contiguous():  # as numbers, NaN would differ from itself
+        one, other = one.view(-1).view(torch.uint8), other.view(-1).view(torch.uint8)
+    return torch.equal(one, other)
 
 
 def _overwrite(home: torch.Tensor, arrived: torch.Tensor) -> None:

@@ -36,7 +36,10 @@ CASTABLE_LAYERS = (
 )
 """Layers whose weights are a matrix product's operand only, and so may rest in another dtype than they compute in."""
 
-GUARDED_METHODS = ("to", "cpu", "cuda", "npu", "xpu", "mps", "mlu", "sdaa", "musa")
+GUARDED_METHODS = (
+    *("to", "cpu", "cuda", "npu", "xpu", "mps", "mlu", "sdaa", "musa"),
+    *("half", "float", "double", "bfloat16"),
+)
 """Methods that a dispatch may replace on the instance, and that removing its hook gives back."""
 
 

@@ -141,7 +141,7 @@ class DiskResident(Residency):
 
     def is_current(self, tensor: torch.Tensor) -> bool:
         untouched = _looks(tensor) == self._looks and version_of(tensor) == self._version
-        return untouched and not dirty_pages(self.home)
+        return untouched and dirty_pages(self.home) is False  # None: nobody can tell, so the mapping is the truth
 
     @classmethod
     def bring(

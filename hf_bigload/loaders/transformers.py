@@ -24,7 +24,7 @@ from transformers.generation import utils as generation_utils
 from .. import flow, settings
 from ..checkpoint.index import SAFETENSORS_SUFFIX, build_index, check_stays_inside
 from ..checkpoint.spill import SpillFolder
-from ..dispatch.attach import AlignDevicesHook, attachment_of
+from ..dispatch.attach import AlignDevicesHook, attachment_of, map_hidden
 from ..dispatch.hooks import ModelHook, add_hook_to_module
 from ..errors import QuantizedOffloadError
 from ..hardware import torch_device
@@ -369,8 +369,8 @@ def _everything_on_disk(plan: Plan) -> Plan:
 def _settle_in(model: Any) -> None:
     """Have `model` go on working with a device map that the library takes for Accelerate's, also after `disable`."""
     for name, context in (
-        ("save_pretrained", _map_hidden),  # else it converts shard by shard: wrong for weights that several shards make
-        ("load_adapter", _map_hidden),  # else it offloads the adapter
+        ("save_pretrained", map_hidden),  # else it converts shard by shard: wrong for weights that several shards make
+        ("load_adapter", map_hidden),  # else it offloads the adapter
         ("resize_token_embeddings", _hooks_attached_here),
     ):
         model.__dict__[name] = functools.partial(_call_within, context, model, name)
@@ -383,17 +383,6 @@ def _settle_in(model: Any) -> None:
 def _call_within(context: Any, model: Any, name: str, *args: Any, **kwargs: Any) -> Any:
     with context(model):
         return getattr(type(model), name).__get__(model)(*args, **kwargs)
-
-
-@contextlib.contextmanager
-def _map_hidden(model: Any) -> Iterator[None]:
-    """All weights are real, and the library treats them so if it does not see the map."""
-    device_map = model.__dict__.pop("hf_device_map", None)
-    try:
-        yield
-    finally:
-        if device_map is not None:
-            model.hf_device_map = device_map
 
 
 _attaching = threading.RLock()
