@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .checkpoint.offload_folder import PathLike, load_offloaded_weight, weight_file
 from .errors import DeviceMapError
-from .hardware import device_name
+from .hardware import accelerator_names, device_name
 
 logger = logging.getLogger(__name__)
 
@@ -36,8 +36,11 @@ def as_device(device: Device) -> torch.device:
     """
     if isinstance(device, torch.device) and (device.index is not None or device.type in ("cpu", "meta")):
         return device
-    if isinstance(device, int) and not torch.accelerator.is_available():
-        raise DeviceMapError(f"device {device} names an accelerator, and this machine has none: use 'cpu'.")
+    if isinstance(device, int) and device_name(device) not in accelerator_names():
+        raise DeviceMapError(
+            f"device {device} names an accelerator, and this machine has "
+            f"{', '.join(accelerator_names()) or 'none'}: use one of these, or 'cpu'."
+        )
     if device == "disk":
         raise DeviceMapError("no tensor can be computed with on 'disk': move it to 'cpu', or dispatch the model.")
     return torch.device(device_name(device))

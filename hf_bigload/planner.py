@@ -207,7 +207,7 @@ class _Offload:
         if unit.gathers and not any(t.name in self.read_whole for t in unit.tensors):
             return 0  # rows travel, never the table
         borrowed = sum(self.sizes.get(name, 0) for name in unit.borrows) if unit.tensors else 0
-        return unit.nbytes + borrowed
+        return unit.nbytes - self._kept_buffers(unit) + borrowed
 
     def _best_ring(self) -> _Choice:
         sizes = sorted({size for u in self.units if (size := self._arrival(u)) <= self.limit} | {0})
@@ -271,16 +271,22 @@ class _Offload:
         """In RAM: all that `staging` bytes cannot pass, then what else fits."""
         chosen = [self._arrival(u) > staging for u in units]
         resident = sum(u.nbytes for u, c in zip(units, chosen, strict=True) if c)
+        kept = sum(self._kept_in_ram(u) for u, c in zip(units, chosen, strict=True) if not c)
         if not self.hardware.ram and not resident and staging <= self.hardware.passage:
             return chosen  # RAM was not named: nothing rests there, and what comes from disk may pass through
-        left = self.hardware.ram - staging - resident
+        left = self.hardware.ram - staging - resident - kept
         if left < 0:
             return None
         for i in range(len(units))[:: self.step]:
-            if not chosen[i] and units[i].nbytes <= left:
+            more = units[i].nbytes - self._kept_in_ram(units[i])
+            if not chosen[i] and more <= left:
                 chosen[i] = True
-                left -= units[i].nbytes
+                left -= more
         return chosen
+
+    def _kept_in_ram(self, unit: BlockSpec) -> int:
+        """Bytes of a unit that stay in RAM even if it rests on disk: buffers that the CPU computes with."""
+        return self._kept_buffers(unit) if self.on_cpu else 0
 
     def _refusal(self, units: Sequence[BlockSpec]) -> BudgetError:
         largest = max(units, key=self._arrival)

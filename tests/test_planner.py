@@ -203,3 +203,10 @@ def test_ram_that_is_not_named_lets_weights_from_disk_pass_and_keeps_none() -> N
     plan = make_plan(spec(*LAYERS), Hardware({"cuda:0": 350}, 0, passage=100))
     assert CPU not in set(homes(plan).values()) and plan.used[CPU] == 100
     assert_within_budget(plan)
+
+
+def test_buffers_of_blocks_on_disk_count_in_ram_where_the_cpu_computes_with_them() -> None:
+    layers = [BlockSpec(f"l{i}", (tensor(f"l{i}.w", 70), tensor(f"l{i}.b", 30, True)), whole=False) for i in range(5)]
+    for ram in range(220, 500, 7):
+        plan = make_plan(spec(*layers), Hardware({}, ram))
+        assert_within_budget(plan)

@@ -9,6 +9,7 @@ import pickle
 import random
 import signal
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
@@ -914,6 +915,9 @@ class TestAModelThatIsGone:
         assert _open_or_mapped(tmp_path / "spill")
         del model
         gc.collect()
+        until = time.monotonic() + PATIENCE
+        while _open_or_mapped(tmp_path / "spill") and time.monotonic() < until:
+            time.sleep(0.01)  # the reader's threads end, and let go of the file, on their own
         assert not _open_or_mapped(tmp_path / "spill") and not list((tmp_path / "spill").iterdir())
 
 
