@@ -138,7 +138,7 @@ def test_classes_are_no_data():
 
 
 def test_an_index_is_an_accelerator():
-    if torch.accelerator.is_available():
+    if torch.accelerator.device_count():  # a backend may be there, with no device
         assert send_to_device(t(), 0).device.index == 0
     else:
         with pytest.raises(DeviceMapError, match="none"):
