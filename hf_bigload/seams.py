@@ -52,10 +52,7 @@ class Seam:
 
     def locate(self) -> _Site:
         """Where to patch. Raises ImportError, AttributeError, TypeError or ValueError if it is not as described."""
-        owner: Any = importlib.import_module(self.module)
-        *outer, name = self.path.split(".")
-        for part in outer:
-            owner = getattr(owner, part)
+        owner, name = _owner_of(self.module, self.path)
         function = getattr(owner, name)
         if not callable(function):
             raise TypeError(f"{self.path} is not callable any more")
@@ -98,13 +95,19 @@ class PropertySeam:
 
     def locate(self) -> _Site:
         """Where to patch. Raises ImportError, AttributeError or TypeError if it is not as described."""
-        owner: Any = importlib.import_module(self.module)
-        *outer, name = self.path.split(".")
-        for part in outer:
-            owner = getattr(owner, part)
+        owner, name = _owner_of(self.module, self.path)
         if not isinstance(inspect.getattr_static(owner, name), property):
             raise TypeError(f"{self.path} is not a property any more")
         return _PropertySite(owner, name, self.wrapper)
+
+
+def _owner_of(module: str, path: str) -> tuple[Any, str]:
+    """The module or class that has the attribute, and the attribute's name."""
+    owner: Any = importlib.import_module(module)
+    *outer, name = path.split(".")
+    for part in outer:
+        owner = getattr(owner, part)
+    return owner, name
 
 
 class Installation:
