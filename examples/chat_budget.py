@@ -38,23 +38,15 @@ def write_tiny_llama(folder: str) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def bytes_read(model: torch.nn.Module) -> int:
-    """From disk, so far. A model that fits runs as a plain module: it reads nothing, and has nothing to inspect."""
-    try:
-        return hf_bigload.inspect(model).stats.bytes_read
-    except ValueError:
-        return 0
-
-
 def main(model_id: str, ram: str, prompt: str, new_tokens: int) -> None:
     hf_bigload.enable(explain=True)  # prints the plan of every load
     tokenizer = AutoTokenizer.from_pretrained(model_id)
     model = AutoModelForCausalLM.from_pretrained(model_id, device_map="auto", max_memory={"cpu": ram})
 
     inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
-    before = bytes_read(model)
+    before = hf_bigload.inspect(model).stats.bytes_read
     output = model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False)
-    read = bytes_read(model) - before
+    read = hf_bigload.inspect(model).stats.bytes_read - before
 
     answer = output[0, inputs["input_ids"].shape[1] :]
     print("answer:", repr(tokenizer.decode(answer, skip_special_tokens=True)))

@@ -19,7 +19,7 @@ from . import hardware, report, settings
 from .checkpoint.index import open_checkpoint
 from .checkpoint.reader import Reader
 from .device_map import missing_from, normalize_devices, resolve
-from .dispatch.attach import Attachment, attach, attachment_of, detach
+from .dispatch.attach import attach, attachment_of, detach, resident_plan
 from .dispatch.executor import Executor, Machine, Stats
 from .errors import DeviceMapError
 from .hardware import torch_device
@@ -137,19 +137,12 @@ def _settle_buffers(model: nn.Module, plan: Plan) -> None:
 
 @dataclass(frozen=True, eq=False)
 class Inspection:
-    """What hf_bigload knows of a model it dispatched."""
+    """What hf_bigload knows of a model it placed."""
 
     model: nn.Module
-    attachment: Attachment
-
-    @property
-    def plan(self) -> Plan:
-        return self.attachment.plan
-
-    @property
-    def stats(self) -> Stats:
-        """Bytes moved so far."""
-        return self.attachment.stats
+    plan: Plan
+    stats: Stats
+    """Bytes moved so far; none, ever, for a model that rests whole on one device."""
 
     def explain(self) -> str:
         """The plan as a table for a terminal."""
@@ -161,18 +154,19 @@ class Inspection:
 
 
 def inspect(model: nn.Module) -> Inspection:
-    """The plan and the counters of a dispatched model.
+    """The plan and the counters of a model that was placed by this package.
 
     Raises:
-        ValueError: `model` has no attachment: it was not loaded through hf_bigload, or rests whole on one device.
+        ValueError: it was not.
     """
     attachment = attachment_of(model)
-    if attachment is None:
+    plan = resident_plan(model) if attachment is None else attachment.plan
+    if plan is None:
         raise ValueError(
-            f"{type(model).__name__} has no plan: it was not loaded with a device_map while hf_bigload was enabled, or "
-            "it rests whole on one device and runs as a plain module."
+            f"{type(model).__name__} has no plan: it was neither loaded with a device_map while hf_bigload was enabled "
+            "nor dispatched by it, or it was moved since."
         )
-    return Inspection(model, attachment)
+    return Inspection(model, plan, Stats() if attachment is None else attachment.stats)
 
 
 def plan(model: nn.Module, device_map: Any = "auto", max_memory: Any = None, **options: Any) -> Plan:

@@ -57,6 +57,17 @@ def attachment_of(model: nn.Module) -> Attachment | None:
     return model.__dict__.get(ATTRIBUTE)
 
 
+_resident: weakref.WeakKeyDictionary[nn.Module, Plan] = weakref.WeakKeyDictionary()
+"""Plans of models that rest whole on one device: these are plain modules, and carry nothing of ours."""
+
+
+def resident_plan(model: nn.Module) -> Plan | None:
+    """The plan of a model that was placed whole on one device and is still there, or None."""
+    plan = _resident.get(model)
+    there = plan is not None and all(p.device == torch_device(plan.main_device) for p in model.parameters())
+    return plan if there else None
+
+
 @contextlib.contextmanager
 def map_hidden(model: nn.Module) -> Iterator[None]:
     """Within the context a dispatched model has no `hf_device_map`, for libraries that take any for Accelerate's."""
@@ -201,6 +212,7 @@ def attach(
     """
     model.hf_device_map = dict(plan.device_map)  # type: ignore[assignment]
     if len(plan.devices) == 1 and not plan.streams and not force_hooks:
+        _resident[model] = plan
         return model
     moves = force_hooks or any(device not in (CPU, DISK) for device in plan.devices)
     hook = functools.partial(AlignDevicesHook, executor, moves=moves, skip_keys=skip_keys)
