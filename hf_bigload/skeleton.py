@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 
@@ -81,10 +80,7 @@ def _has_tensors(module: nn.Module, recurse: bool) -> bool:
 
 def gathers(module: nn.Module) -> bool:
     """Whether this is a table of which a forward reads only some rows, and writes none (`max_norm` rescales rows)."""
-    if not isinstance(module, nn.Embedding) or module.max_norm is not None or module.sparse:
-        return False
-    # a forward that takes more than the rows' numbers may do more with the table than look them up
-    return type(module).forward is nn.Embedding.forward or len(inspect.signature(module.forward).parameters) == 1
+    return isinstance(module, nn.Embedding) and module.max_norm is None and not module.sparse
 
 
 class _Cut:

@@ -157,11 +157,18 @@ class AlignDevicesHook(ModelHook):
             if self.moves:
                 args = send_to_device(args, self.runs_on)
                 kwargs = send_to_device(kwargs, self.runs_on, skip_keys=self.skip_keys)
+            if self.moves and self.at_home:
+                args = tuple(self._here(arg) for arg in args)
+                kwargs = {name: self._here(arg) for name, arg in kwargs.items()}
             with scope.guard():
                 output = scope.keep(forward(*args, **kwargs))
         finally:
             scope.leave()
         return output if outputs_to is None else send_to_device(output, outputs_to, skip_keys=self.skip_keys)
+
+    def _here(self, argument: Any) -> Any:
+        """A device that the caller names as its own, for tensors to be made on, is here where the weights rest."""
+        return self.runs_on if isinstance(argument, torch.device) else argument
 
     @contextlib.contextmanager
     def align(self, module: nn.Module, device: Any = None) -> Iterator[None]:

@@ -460,7 +460,7 @@ class _Thread(threading.local):
 class Scope:
     """A thread's stay in one place, on one device: the leases it holds, and what it hands out as weights.
 
-    Always: `try: scope.enter(...) ... finally: scope.leave()`.
+    Always: `try: scope.enter(...) ... finally: scope.surely_leave()`.
     """
 
     def __init__(self, executor: Executor, device: torch.device, lasting: bool = False) -> None:
@@ -480,13 +480,6 @@ class Scope:
 
     def leave(self) -> None:
         """End the stay. Repeating it does no harm."""
-        try:
-            self._leave()
-        except BaseException:
-            self._leave()  # what interrupted the release must not prevent it
-            raise
-
-    def _leave(self) -> None:
         if self in self.executor._thread.scopes:
             self.executor._thread.scopes.remove(self)
         self.held.clear()

@@ -10,6 +10,7 @@ import ctypes
 import mmap
 import os
 import threading
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -153,7 +154,7 @@ class Ring:
         self.device, self.limit = device, limit
         self.peak = 0
         self._free: list[Slot] = []
-        self._lent: set[Slot] = set()
+        self._lent: weakref.WeakSet[Slot] = weakref.WeakSet()  # one that an interrupt lost on its way is gone
         self._lock = threading.Lock()
 
     @property

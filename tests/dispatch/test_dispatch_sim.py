@@ -518,3 +518,22 @@ def test_a_checkpoint_saved_from_a_dispatched_model_is_the_same(tmp_path: Path) 
     one, two = ((tmp_path / name / "model.safetensors").read_bytes() for name in names)
     assert one == two
     assert values(model.state_dict()).keys() == values(plain.state_dict()).keys()
+
+
+def test_a_table_that_makes_its_own_numbers_on_the_callers_device_is_looked_up_at_home() -> None:
+    class Positions(nn.Embedding):
+        def forward(self, length: int, device: torch.device) -> torch.Tensor:
+            return super().forward(torch.arange(length, device=device))
+
+    class Positioned(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.positions, self.out = Positions(64, 8), nn.Linear(8, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.out(x + self.positions(len(x), x.device))
+
+    plain, x = seeded(Positioned), torch.randn(5, 8)
+    with simdev.devices([None]):
+        model = placed(seeded(Positioned), {"": 0, "positions": "cpu"})
+        assert same_bits(model(x), plain(x))
