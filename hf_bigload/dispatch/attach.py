@@ -163,7 +163,11 @@ class AlignDevicesHook(ModelHook):
             with scope.guard():
                 output = scope.keep(forward(*args, **kwargs))
         finally:
-            scope.leave()
+            try:
+                scope.leave()
+            except BaseException:
+                scope.leave()  # what interrupted the release must not prevent it
+                raise
         return output if outputs_to is None else send_to_device(output, outputs_to, skip_keys=self.skip_keys)
 
     def _here(self, argument: Any) -> Any:

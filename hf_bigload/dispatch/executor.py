@@ -460,7 +460,7 @@ class _Thread(threading.local):
 class Scope:
     """A thread's stay in one place, on one device: the leases it holds, and what it hands out as weights.
 
-    Always: `try: scope.enter(...) ... finally: scope.surely_leave()`.
+    Always: `try: scope.enter(...) ... finally: scope.leave()`.
     """
 
     def __init__(self, executor: Executor, device: torch.device, lasting: bool = False) -> None:
