@@ -234,8 +234,9 @@ class Executor:
                 mine.pinned.append(tensor)
             return
         item = Item(tensor, residency, swaps=live is None and self._may_swap(tensor))
-        if scope.is_entered and torch.is_grad_enabled() and tensor.requires_grad and not rests_here:
-            item.swaps, item.leaf = False, tensor.view_as(tensor)
+        if scope.is_entered and torch.is_grad_enabled() and not rests_here:
+            item.swaps = False  # a graph may keep the very tensor that it computed with
+            item.leaf = tensor.view_as(tensor) if tensor.requires_grad else None
         if rests_here and not item.swaps:
             item.arrived = residency.home
         else:
@@ -328,9 +329,8 @@ class Executor:
             tensor.data = home
         elif any(slot.covers(tensor) for slot in fetch.slots):  # another view of the slot took its place
             tensor.data = tensor.data.to(home.device, copy=True)
-        item.arrived = item.stand_in = item.before = (
-            None  # else it was never here, or something new took its place and is the home
-        )
+        # else it was never here, or something new took its place, which is the home
+        item.arrived = item.stand_in = item.before = None
 
     def _count_write(self, tensor: torch.Tensor) -> None:
         """A stand-in was written to: the weight was, but not where another thread may have it."""
@@ -497,12 +497,12 @@ class Scope:
         """A context in which nothing of a slot is kept for later: not by autocast, and not by autograd.
 
         Autograd saves where a weight rests instead, and reads it again. Where somebody else already decides what it
-        saves (a checkpoint, `save_on_cpu`), they go on deciding; what they keep of a slot costs the ring that slot.
+        saves (a checkpoint, `save_on_cpu`, `torch.func`), they go on deciding; what they keep of a slot costs the ring
+        that slot.
         """
         travelled = any(fetch.slots for fetch in self.fetches)
         forgetful = travelled and torch.is_autocast_enabled(self.device.type)
-        theirs = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
-        saves = torch.is_grad_enabled() and (travelled or self.executor.watching) and not theirs
+        saves = torch.is_grad_enabled() and (travelled or self.executor.watching) and _may_hook_saved_tensors()
         hooks = saved_tensors_hooks(self.executor.pack, _unpack) if saves else nullcontext()
         with _uncached_casts() if forgetful else nullcontext(), hooks:
             yield
@@ -514,10 +514,15 @@ class Scope:
 class _Onload(torch.autograd.Function):
     """What arrived elsewhere, as the weight that rests: its gradient goes home."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, leaf: torch.Tensor, arrived: torch.Tensor) -> torch.Tensor:
-        ctx.home = leaf.device
+    def forward(leaf: torch.Tensor, arrived: torch.Tensor) -> torch.Tensor:
         return arrived.data
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        ctx.home = inputs[0].device
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
@@ -584,6 +589,11 @@ class _Resting:
         for slot in slots:
             machine.ring(self.device).lose(slot)  # lives as long as what is returned
         return arrived
+
+
+def _may_hook_saved_tensors() -> bool:
+    autograd: Any = torch._C._autograd
+    return autograd._top_saved_tensors_default_hooks(True) is None and autograd._saved_tensors_hooks_is_enabled()
 
 
 @contextmanager

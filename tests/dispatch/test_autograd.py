@@ -181,8 +181,9 @@ class TestGradients:
 
 
 class TestCheckpointing:
+    @pytest.mark.parametrize("frozen", [False, True], ids=["trainable", "frozen"])
     @pytest.mark.parametrize("reentrant", [True, False])
-    def test_of_blocks(self, place: Place, x: torch.Tensor, reentrant: bool) -> None:
+    def test_of_blocks(self, place: Place, x: torch.Tensor, reentrant: bool, frozen: bool) -> None:
         class Checkpointed(Net):
             def forward(self, x: torch.Tensor) -> torch.Tensor:
                 x = self.first(x)
@@ -190,7 +191,7 @@ class TestCheckpointing:
                     x = checkpoint(layer, x, use_reentrant=reentrant)
                 return self.last(self.norm(x))
 
-        plain = seeded(Checkpointed)
+        plain = seeded(Checkpointed).requires_grad_(not frozen)
         assert_trains_alike(plain, place(plain), x)
 
     @pytest.mark.parametrize("reentrant", [True, False])
@@ -225,14 +226,31 @@ class TestCheckpointing:
                 del x, model
         assert kept["checkpointed"] < 0.6 * kept["plainly"]
 
-    def test_hooks_of_others_for_saved_tensors_stay_in_charge(self, place: Place, x: torch.Tensor) -> None:
-        plain = seeded(Net)
-        model = place(plain)
+    @pytest.mark.parametrize("frozen", [False, True], ids=["trainable", "frozen"])
+    def test_hooks_of_others_for_saved_tensors_stay_in_charge(
+        self, place: Place, x: torch.Tensor, frozen: bool
+    ) -> None:
+        plain = seeded(Net).requires_grad_(not frozen)
+        model, slopes = place(plain), []
         for net in (plain, model):
+            given = x.detach().clone().requires_grad_()
             with torch.autograd.graph.save_on_cpu():
-                out = net(x)
+                out = net(given)
             out.square().sum().backward()
+            slopes.append(given.grad)
+        assert same_bits(*slopes)
         assert_same_gradients(plain, model)
+
+    def test_function_transforms_which_allow_no_such_hooks(self, x: torch.Tensor) -> None:
+        plain, x = seeded(Net), x.detach()
+        with simdev.devices([None]):
+            for home, target in (("disk", "cpu"), ("cpu", 0)):
+                model = placed(plain, home, target)
+                for transform in (torch.func.grad, torch.func.jacrev):
+                    expected, got = (transform(lambda given, net=net: net(given).sum())(x) for net in (plain, model))
+                    assert same_bits(expected, got)
+                assert same_bits(torch.func.vmap(model)(x[None]), torch.func.vmap(plain)(x[None]))
+                assert_model_at_rest(model)
 
 
 class TestWritesBetweenForwardAndBackward:

@@ -8,6 +8,7 @@ import os
 import pickle
 import random
 import signal
+import sys
 import threading
 import time
 import weakref
@@ -49,6 +50,8 @@ from . import (
 
 WHOLE_PAGES = 2 * 4096
 """Bytes that reading whole pages may add to a range of a file."""
+
+DISPATCH_FILES = tuple(f"dispatch/{name}.py" for name in ("attach", "executor", "residency", "ring"))
 
 PATIENCE = 20
 """Seconds after which threads that wait for each other are taken for dead."""
@@ -242,6 +245,17 @@ class TestALeaseEnds:
                 model(x)
             self.assert_recovers(model, plain, x)
 
+    @pytest.mark.parametrize(("home", "target", "grad"), [("disk", "cpu", False), ("cpu", 0, False), ("cpu", 0, True)])
+    def test_when_it_is_interrupted_anywhere(self, x: torch.Tensor, home: str, target: Any, grad: bool) -> None:
+        plain = seeded(Net, layers=1)
+        with simdev.devices([None]), torch.set_grad_enabled(grad):
+            model = placed(plain, home, main_device=target)
+            moment = 0
+            while _interrupted(lambda: model(x), moment):
+                self.assert_recovers(model, plain, x)
+                moment += 29
+            assert moment > 500
+
     @torch.no_grad()
     def test_when_one_weight_of_a_block_was_never_loaded(self, x: torch.Tensor) -> None:
         plain = seeded(Net)
@@ -292,6 +306,29 @@ def _raising(error: type[BaseException]) -> Callable[..., None]:
         raise error("on purpose")
 
     return hook
+
+
+def _interrupted(action: Callable[[], Any], moment: int) -> bool:
+    """Run `action`, interrupted at one of the moments where Python lets signals in while the dispatch is at work.
+
+    False if it ended before that moment came.
+    """
+    left = [moment]
+
+    def watch(frame: Any, event: str, _argument: Any) -> None:
+        if event in ("call", "c_return") and frame.f_code.co_filename.endswith(DISPATCH_FILES):
+            left[0] -= 1
+            if left[0] == -1:
+                raise KeyboardInterrupt
+
+    try:
+        sys.setprofile(watch)
+        action()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.setprofile(None)
+    return left[0] < 0
 
 
 def _raise_after(patch: pytest.MonkeyPatch, owner: Any, name: str, calls: int, error: type[BaseException]) -> None:
@@ -370,7 +407,8 @@ class TestThreads:
         def second() -> torch.Tensor:
             assert started.wait(PATIENCE)
             threading.Timer(0.05, fail.set).start()
-            with leased(executor, [weight], "sim:0"):
+            with torch.no_grad(), leased(executor, [weight], "sim:0"):
+                assert weight.device.type == "sim"
                 return weight.cpu()
 
         monkeypatch.setattr(Executor, "_fill", fill)
@@ -388,7 +426,7 @@ class TestThreads:
             raise KeyboardInterrupt
 
         with simdev.devices([None]):
-            with leased(executor, [weight], "sim:0"):
+            with torch.no_grad(), leased(executor, [weight], "sim:0"):
                 monkeypatch.setattr("hf_bigload.dispatch.executor.Fetch.arrived", interrupted)
                 with pytest.raises(KeyboardInterrupt):
                     together(lambda: _enter_and_leave(executor, [weight], "sim:0"))
@@ -449,20 +487,74 @@ class TestThreads:
                 assert (seen[0] == 0).all() and (seen[1] == 1).all()
             assert_at_rest(executor, one, other)
 
-    def test_streams_of_different_threads_wait_for_each_other(self) -> None:
-        executor, weight = _streaming(torch.ones(1000))
+    def test_a_weight_that_gets_a_gradient_waits_until_it_is_home(self) -> None:
+        """Its gradient belongs where it rests, so it has to be there when the graph is made."""
+        executor, weight = _streaming(torch.ones(4), trainable=True)
         owner = _owner_of(executor, weight)
-        with simdev.devices([None]), simdev.asynchronous():
+        inside, leave, trained = (threading.Event() for _ in range(3))
 
-            def use() -> float:
-                with torch.Stream(device="sim:0"), torch.no_grad():
-                    total = 0.0
-                    for _ in range(5):
-                        with leased(executor, [weight], "sim:0"):
-                            total += owner.weight.sum().item()
-                    return total
+        def infer() -> bool:
+            with torch.no_grad(), leased(executor, [weight], "sim:0"):
+                inside.set()
+                assert leave.wait(PATIENCE)
+                return trained.is_set()
 
-            assert together(use, use, use) == [5000.0] * 3
+        def train() -> None:
+            assert inside.wait(PATIENCE)
+            threading.Timer(0.05, leave.set).start()
+            with leased(executor, [weight], "sim:1"):
+                (3 * owner.weight).sum().backward()
+            trained.set()
+
+        with simdev.devices([None, None]):
+            trained_before_it_was_home, _ = together(infer, train)
+            assert not trained_before_it_was_home
+            assert weight.grad is not None and weight.grad.device == CPU and (weight.grad == 3).all()
+
+    def test_nobody_waits_who_could_be_waited_for(self) -> None:
+        """Two threads that infer and, inside of that, train on what the other has: one of them is refused."""
+        weights = [_streaming(torch.ones(4), trainable=True)[1] for _ in range(2)]
+        executor = Executor(Machine(Reader(), {}), watching=True)
+        both = threading.Barrier(2)
+
+        def run(mine: int, device: str) -> bool:
+            with torch.no_grad(), leased(executor, [weights[mine]], device):
+                both.wait(PATIENCE)
+                try:
+                    with torch.enable_grad(), leased(executor, [weights[1 - mine]], device):
+                        return True
+                except OffloadedWeightError as error:
+                    assert "separate copies" in str(error)
+                    return False
+
+        with simdev.devices([None, None]):
+            assert not all(together(lambda: run(0, "sim:0"), lambda: run(1, "sim:1")))
+            assert_at_rest(executor, *weights)
+
+    @pytest.mark.parametrize("home", ["cpu", "sim:1"])
+    def test_streams_of_different_threads_wait_for_each_other(self, home: str) -> None:
+        both, left = threading.Barrier(2), threading.Event()
+        with simdev.devices([None, None]):
+            executor, weight = _streaming(torch.ones(1000).to(home))
+
+            def bring() -> float:
+                with torch.no_grad(), torch.Stream(device="sim:0"), leased(executor, [weight], "sim:0"):
+                    both.wait(PATIENCE)
+                    assert left.wait(PATIENCE)
+                    return weight.sum().item()
+
+            def join() -> float:
+                both.wait(PATIENCE)
+                with torch.no_grad(), torch.Stream(device="sim:0"):
+                    with leased(executor, [weight], "sim:0"):
+                        total = weight.sum()
+                    left.set()
+                    return total.item()
+
+            with simdev.asynchronous():
+                for _ in range(3):
+                    left.clear()
+                    assert together(bring, join) == [1000.0] * 2
 
 
 def _streaming(value: torch.Tensor, trainable: bool = False) -> tuple[Executor, nn.Parameter]:
@@ -478,7 +570,7 @@ def _owner_of(executor: Executor, weight: nn.Parameter) -> nn.Module:
 
 
 def _enter_and_leave(executor: Executor, weights: list[torch.Tensor], device: str) -> None:
-    with leased(executor, weights, device):
+    with torch.no_grad(), leased(executor, weights, device):
         pass
 
 
@@ -952,6 +1044,31 @@ class TestForks:
             finally:
                 gate.open.set()
 
+        out, right = together(lambda: model(x), fork)
+        assert right and same_bits(out, plain(x))
+
+    @torch.no_grad()
+    def test_a_child_that_is_forked_while_another_thread_fetches(
+        self, x: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        plain = seeded(Net)
+        model = placed(plain, "disk")
+        fetching, go_on = threading.Event(), threading.Event()
+        fill = Executor._fill
+
+        def slow(self: Executor, *args: Any) -> None:
+            fetching.set()
+            assert go_on.wait(PATIENCE)
+            fill(self, *args)
+
+        def fork() -> bool:
+            assert fetching.wait(PATIENCE)
+            try:
+                return _in_child(lambda: go_on.set() or same_bits(model(x), plain(x)))
+            finally:
+                go_on.set()
+
+        monkeypatch.setattr(Executor, "_fill", slow)
         out, right = together(lambda: model(x), fork)
         assert right and same_bits(out, plain(x))
 

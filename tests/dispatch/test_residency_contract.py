@@ -95,6 +95,13 @@ def tier(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Tier]:
         yield Tier(name, tmp_path, torch.device(target))
 
 
+@pytest.fixture(autouse=True)
+def no_gradients() -> Iterator[None]:
+    """With them, a weight that comes to another device is handed out as a stand-in: see `test_autograd`."""
+    with torch.no_grad():
+        yield
+
+
 @pytest.fixture
 def disk(tmp_path: Path) -> Tier:
     return Tier("disk", tmp_path, torch.device("cpu"))
