@@ -1,5 +1,5 @@
 # `make demo` and `make test` are all that a fresh machine needs: the first of them makes the environment.
-# Settings: PYTHON (3.10 or newer), VENV, ARGS (for pytest, or for the demo), and for `make bench` BENCH_*.
+# Settings: PYTHON (3.10 or newer), VENV, ARGS (for pytest, or for the demo), and for `make bench` BENCH_ARGS.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -17,8 +17,8 @@ help:
 	@echo "make test-slow  those that take minutes or gigabytes"
 	@echo "make check      ruff, mypy and import-linter"
 	@echo "make format     let ruff rewrite what it can"
-	@echo "make bench      T0 with weights on disk, beside a plain load (real sizes: BENCH_MODEL=t0_3b BENCH_MEMORY=cpu=2GB)"
-	@echo "make clean      remove caches and the benchmark's checkpoint; the environment stays"
+	@echo "make bench      the engine's targets in one table (10 GB of disk, minutes; BENCH_ARGS='--model llama_1b_tiny': seconds)"
+	@echo "make clean      remove caches and the benchmarks' checkpoints; the environment stays"
 
 install: $(STAMP)
 
@@ -49,17 +49,12 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix-only .
 	$(BIN)/ruff format .
 
-# More in benchmarks/README.md.
-BENCH_MODEL ?= t0_3b_tiny
-BENCH_MEMORY ?= cpu=300KB
-BENCH_FOLDER ?= build/bench/$(BENCH_MODEL)
+# Every target of the engine in one table; benchmarks/README.md says more. Memory limits and a cold cache need root.
+# BENCH_ARGS="--model llama_1b_tiny" for the logic alone, "--case disk_bound" for one row.
+BENCH_ARGS ?= --record benchmarks/RESULTS.md
 
-$(BENCH_FOLDER)/config.json: | $(STAMP)
-	$(BIN)/python -m benchmarks.write_checkpoint $(BENCH_MODEL) $(BENCH_FOLDER)
-
-bench: $(STAMP) $(BENCH_FOLDER)/config.json
-	$(BIN)/python -m benchmarks.t0_forward --engine hf_bigload --checkpoint $(BENCH_FOLDER) --max-memory $(BENCH_MEMORY)
-	$(BIN)/python -m benchmarks.t0_forward --engine plain --checkpoint $(BENCH_FOLDER)
+bench: $(STAMP)
+	$(BIN)/python -m benchmarks.streaming $(BENCH_ARGS)
 
 clean:
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

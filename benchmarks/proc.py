@@ -19,8 +19,8 @@ def disk_read_bytes() -> int:
 
 
 def anonymous_bytes() -> int:
-    """Resident memory that no file backs."""
-    return 1024 * _figure("status", "RssAnon")
+    """Resident memory that no file on a disk backs, shared memory included."""
+    return 1024 * (_figure("status", "RssAnon") + _figure("status", "RssShmem"))
 
 
 def peak_resident_bytes() -> int:

@@ -31,13 +31,17 @@ PAGE = mmap.PAGESIZE
 
 @dataclass(frozen=True)
 class Mode:
+    """How to read; with `cached`, pages that the page cache has are taken from there, else it is emptied of them."""
+
     direct: bool
     threads: int
+    cached: bool = False
 
     @property
     def name(self) -> str:
         plural = "s" if self.threads > 1 else ""
-        return f"{'direct' if self.direct else 'buffered'}, {self.threads} thread{plural}"
+        kind = "direct" if self.direct else "cached" if self.cached else "buffered"
+        return f"{kind}, {self.threads} thread{plural}"
 
 
 MODES = (Mode(direct=True, threads=8), Mode(direct=True, threads=1), Mode(direct=False, threads=1))
@@ -88,14 +92,15 @@ def share_out(chunks: Iterator[Chunk], limit: int, shares: int) -> list[list[Chu
 
 
 @contextmanager
-def _opened(chunks: Sequence[Chunk], direct: bool) -> Iterator[dict[Path, int]]:
-    flags = os.O_RDONLY | (os.O_DIRECT if direct else 0)
+def _opened(chunks: Sequence[Chunk], mode: Mode) -> Iterator[dict[Path, int]]:
+    flags = os.O_RDONLY | (os.O_DIRECT if mode.direct else 0)
     files: dict[Path, int] = {}
     try:
         for path in dict.fromkeys(chunk.path for chunk in chunks):
             files[path] = os.open(path, flags)
-            # Cached pages would be measured as disk; nothing is lost, they are clean or written out first.
-            os.posix_fadvise(files[path], 0, 0, os.POSIX_FADV_DONTNEED)
+            if not mode.cached:
+                # They would be measured as disk; nothing is lost, they are clean or written out first.
+                os.posix_fadvise(files[path], 0, 0, os.POSIX_FADV_DONTNEED)
         yield files
     finally:
         for file in files.values():
@@ -116,14 +121,18 @@ def _read_chunk(file: int, chunk: Chunk, buffer: memoryview) -> int:
 
 def measure(mode: Mode, chunks: Sequence[Chunk]) -> Reading:
     """Read the chunks, each once. Raises OSError (EINVAL) where the filesystem has no O_DIRECT."""
-    local = threading.local()
+    local, started_threads = threading.local(), threading.Barrier(mode.threads)
+
+    def prepare(_: int) -> None:
+        local.buffer = memoryview(mmap.mmap(-1, CHUNK))
+        local.buffer[::PAGE] = bytes(len(local.buffer[::PAGE]))  # its pages exist before the clock runs
+        started_threads.wait()
 
     def read(chunk: Chunk) -> int:
-        if not hasattr(local, "buffer"):
-            local.buffer = memoryview(mmap.mmap(-1, CHUNK))
         return _read_chunk(files[chunk.path], chunk, local.buffer)
 
-    with _opened(chunks, mode.direct) as files, ThreadPoolExecutor(mode.threads) as pool:
+    with _opened(chunks, mode) as files, ThreadPoolExecutor(mode.threads) as pool:
+        list(pool.map(prepare, range(mode.threads)))
         disk, cpu, started = disk_read_bytes(), time.process_time(), time.perf_counter()
         nbytes = sum(pool.map(read, chunks))
         seconds, cpu, disk = time.perf_counter() - started, time.process_time() - cpu, disk_read_bytes() - disk

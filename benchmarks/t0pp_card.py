@@ -14,6 +14,7 @@ import json
 import os
 import sys
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
 
 from benchmarks.memory_cgroup import drop_caches, parse_bytes, run_limited
@@ -59,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
         command = [sys.executable, "-m", "hf_bigload", "--explain", *budget, str(options.script)]
         drop_caches()
         result = run_limited(command, parse_bytes(options.limit), env=env)
-    print(json.dumps(vars(result) if hasattr(result, "__dict__") else result._asdict(), default=str))
+    print(json.dumps(asdict(result)))
     return result.exit_code
 
 

@@ -86,7 +86,15 @@ def _t5_v1_1(
 
 
 def _llama(
-    hidden: int, intermediate: int, heads: int, *, kv_heads: int, layers: int, vocab: int, shards: int
+    hidden: int,
+    intermediate: int,
+    heads: int,
+    *,
+    kv_heads: int,
+    layers: int,
+    vocab: int,
+    shards: int,
+    dtype: torch.dtype = torch.float32,
 ) -> Architecture:
     config = {
         "architectures": ["LlamaForCausalLM"],
@@ -102,16 +110,18 @@ def _llama(
         "bos_token_id": 1,
         "eos_token_id": 2,
     }
-    return Architecture(config, {"bos_token_id": 1, "eos_token_id": 2}, torch.float32, shards)
+    return Architecture(config, {"bos_token_id": 1, "eos_token_id": 2}, dtype, shards)
 
 
 ARCHITECTURES: dict[str, Architecture] = {
     "t0_3b": _t5_v1_1(2048, 5120, 32, shards=2),
     "t0pp": _t5_v1_1(4096, 10240, 64, shards=5),
     "llama_1b": _llama(2048, 5632, 32, kv_heads=4, layers=22, vocab=32000, shards=1),
+    "llama_8b": _llama(4096, 14336, 32, kv_heads=8, layers=32, vocab=128256, shards=4, dtype=torch.bfloat16),
     "t0_3b_tiny": _t5_v1_1(64, 160, 4, d_kv=16, layers=2, vocab=128, shards=2),
     "t0pp_tiny": _t5_v1_1(128, 320, 8, d_kv=16, layers=3, vocab=128, shards=5),
     "llama_1b_tiny": _llama(64, 176, 8, kv_heads=2, layers=3, vocab=128, shards=1),
+    "llama_8b_tiny": _llama(64, 224, 8, kv_heads=2, layers=8, vocab=128, shards=4, dtype=torch.bfloat16),
 }
 
 
@@ -250,7 +260,6 @@ def write_checkpoint(name: str, folder: Path | str, dtype: torch.dtype | None = 
     _check_destination(folder, total)
     folder.mkdir(parents=True, exist_ok=True)
 
-    _write_json(folder / "config.json", {**architecture.config, "torch_dtype": str(dtype).removeprefix("torch.")})
     _write_json(folder / "generation_config.json", architecture.generation_config)
     block = RandomBlock(dtype)
     names = _shard_names(len(parts))
@@ -260,7 +269,23 @@ def write_checkpoint(name: str, folder: Path | str, dtype: torch.dtype | None = 
         weight_map = {tensor.name: file for file, part in zip(names, parts, strict=True) for tensor in part}
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         _write_json(folder / "model.safetensors.index.json", index)
+    # Last: a folder with a config is a whole checkpoint.
+    _write_json(folder / "config.json", {**architecture.config, "torch_dtype": str(dtype).removeprefix("torch.")})
     return total
+
+
+def ensure_checkpoint(name: str, folder: Path | str, dtype: torch.dtype | None = None) -> Path:
+    """`folder`, with the named architecture's checkpoint: written, in `dtype`, if it is not there.
+
+    Raises ValueError where the folder has another one.
+    """
+    folder = Path(folder)
+    if not (folder / "config.json").exists():
+        write_checkpoint(name, folder, dtype)
+    found, wanted = json.loads((folder / "config.json").read_text()), ARCHITECTURES[name].config
+    if any(found.get(key) != value for key, value in wanted.items()):
+        raise ValueError(f"{folder} holds another model than {name}: name another folder, or another model.")
+    return folder
 
 
 def main(argv: Sequence[str] | None = None) -> None:

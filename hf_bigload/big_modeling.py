@@ -269,6 +269,7 @@ def _fill(
             _replace(model, names, old, materializer.load(names[0], index[key], dtype))
         else:
             _replace(model, names, old, materializer.place(names[0], value, dtype))
+    materializer.finish()
 
 
 def _tensors_by_object(model: nn.Module, persistent_only: bool = True) -> list[list[str]]:
@@ -496,3 +497,4 @@ def _settle(model: nn.Module, materializer: Materializer, values: _Values) -> No
         elif settled.data_ptr() != tensor.data_ptr():
             with torch.inference_mode(False), torch.no_grad():
                 tensor.data = settled
+    materializer.finish()

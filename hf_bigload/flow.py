@@ -17,10 +17,11 @@ from torch import nn
 
 from . import hardware, report, settings
 from .checkpoint.index import open_checkpoint
-from .checkpoint.reader import Reader
+from .checkpoint.reader import PAGE, Reader
 from .device_map import missing_from, normalize_devices, resolve
 from .dispatch.attach import attach, attachment_of, detach, resident_plan
 from .dispatch.executor import Executor, Machine, Stats
+from .dispatch.ring import DEVICE_ALIGNMENT
 from .errors import DeviceMapError
 from .hardware import torch_device
 from .materialize import Materializer
@@ -101,7 +102,7 @@ def dispatch(
 ) -> ModelT:
     """Make `model`, whose weights rest where `plan` says, run over it."""
     _settle_buffers(model, plan)
-    rings = {torch_device(name): size for name, size in plan.ring.items()}
+    rings = {torch_device(name): size + _slack(plan, name) for name, size in plan.ring.items()}
     reader = materializer.reader if materializer is not None else Reader()
     moves = any(name not in (CPU, DISK) for name in plan.devices)
     executor = Executor(Machine(reader, rings), plan.offload_buffers, watching=moves and _several_places(plan))
@@ -110,6 +111,12 @@ def dispatch(
     keep_alive = () if materializer is None else materializer.keep_alive
     attach(model, plan, executor, skip_keys, keep_alive, force_hooks)
     return model
+
+
+def _slack(plan: Plan, device: str) -> int:
+    """Bytes of a ring beside the weights: from a file come whole pages, and on a device each tensor is aligned."""
+    tensors = max((len(p.block.tensors) + len(p.block.borrows) for p in plan.placements), default=0)
+    return 2 * tensors * (2 * PAGE if device == CPU else DEVICE_ALIGNMENT)
 
 
 def _several_places(plan: Plan) -> bool:

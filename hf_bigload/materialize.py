@@ -7,26 +7,39 @@ where the conversion put it.
 
 from __future__ import annotations
 
+import math
+import platform
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 
+from .arrivals import Arrivals
 from .checkpoint.formats import load_bin
 from .checkpoint.mapping import MappedFiles
-from .checkpoint.reader import Reader, layout, page_buffer
+from .checkpoint.reader import Reader, page_buffer
 from .checkpoint.spill import SpillFolder
+from .checkpoint.spill_cache import Slot, SpillCache
 from .dispatch.executor import Executor
 from .dispatch.residency import DiskResident
-from .errors import DtypeError
+from .errors import DtypeError, human_bytes
 from .hardware import torch_device
+from .pinned import Pack
+from .skeleton import dtype_name
 from .specs import CPU, DISK, CheckpointIndex, FileStamp, Placement, Plan, TensorEntry
 
 PHASE = 64
 """Bytes: the modulus of the addresses that CPU kernels look at."""
 
-DIRECT_FROM = 1 << 20
-"""Bytes from which a resident copy is read past the page cache; smaller ones are copied out of the mapping."""
+_AS_STORED = "as stored"
+"""In place of a dtype: what is not cast, but cannot be read from where it lies."""
+
+ASIDE_FROM = 128 * 1024
+"""Bytes from which a tensor is brought by other threads; for a smaller one, asking them costs more than doing it."""
+
+STAGING = 256 * 1024 * 1024
+"""Bytes that may be on their way outside their tensors, at most."""
 
 
 class Materializer:
@@ -41,16 +54,22 @@ class Materializer:
         stamps: Mapping[str, FileStamp] | None = None,
         offload_folder: str | None = None,
     ) -> None:
-        self.follow(plan)
-        self.stamp(stamps)
         self._offload_folder = offload_folder
         self._spill: SpillFolder | None = None
+        self._caches: list[SpillCache] = []
+        self._legacy: dict[TensorEntry, str] = {}
+        """Where what was in files of torch's old format went, and the file that each tensor was in."""
+        self._arrivals: Arrivals | None = None
+        self.follow(plan)
+        self.stamp(stamps)
         self._entries: dict[int, tuple[torch.Tensor, TensorEntry]] = {}
 
     def follow(self, plan: Plan) -> None:
         """Place what comes from now on by `plan`."""
         self.plan = plan
+        self._streams = plan.streams  # looks at every tensor of the plan: not to be asked for each one
         self._homes = _homes(plan)
+        self._packs = _packs(plan, self._homes)
 
     def rests_on_disk(self, tensor: torch.Tensor) -> bool:
         """Whether this tensor's data is a mapped view that this object made, so that it may stream from its file."""
@@ -58,12 +77,14 @@ class Materializer:
 
     def stamp(self, stamps: Mapping[str, FileStamp] | None) -> None:
         """Read from the files that these stamps describe, and from no other that takes their place."""
+        self.finish()
         self.reader = Reader(stamps=stamps)
         self._mapped = MappedFiles(stamps)
+        self._cache = self._cache_of(stamps or {})
 
     @property
-    def keep_alive(self) -> tuple[SpillFolder, ...]:
-        return () if self._spill is None else (self._spill,)
+    def keep_alive(self) -> tuple[Any, ...]:
+        return (self._spill, *self._caches)
 
     def source(self, entry: TensorEntry) -> torch.Tensor:
         """The checkpoint's own bytes as a tensor, read when they are touched. Writes to it reach nobody else."""
@@ -74,31 +95,65 @@ class Materializer:
         return self._homes.get(self.plan.ties.get(name, name), self.plan.main_device)
 
     def load(self, name: str, entry: TensorEntry, dtype: torch.dtype) -> torch.Tensor:
-        """The tensor `name` from a file, resting at its home.
+        """The tensor `name` from a file, resting at its home. Its values may be used after `finish`.
 
         Raises:
             DtypeError: the file's dtype cannot be cast to `dtype`.
             SpillError: it has to be converted and rest on disk, and the disk refuses.
             CheckpointError: the file cannot be read, or is not the one that was indexed.
         """
-        source = self.source(entry)
-        home = self.home_of(name)
-        if source.dtype != dtype:
-            return self.place(name, _cast(name, source, dtype))
+        source, home = self.source(entry), self.home_of(name)
+        casts = source.dtype != dtype
         if home == DISK and entry.nbytes:
-            return self._at_rest_in(entry, source)
-        if home in (CPU, DISK):
-            return self._resident_copy(entry, source) if self.plan.streams else source
-        return source.to(torch_device(home), copy=True)
+            return self._cast_on_disk(name, entry, dtype) if casts else self._at_rest_in(entry, source)
+        if not casts and home in (CPU, DISK) and not self._streams:
+            return source
+        if entry.nbytes < ASIDE_FROM or entry.stride is not None:
+            return self._copied(name, _cast(name, source, dtype), source)
+        if casts:
+            _cast(name, torch.empty(1, dtype=source.dtype), dtype)  # fails here, with the name, if it cannot be done
+        target = self._room(name, entry.shape, dtype, 0 if casts else source.data_ptr() % PHASE)
+        self._coming().bring(name, entry, source, target)
+        return target
 
-    def place(self, name: str, value: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """The tensor `name` from memory, resting at its home; `value` is used as it is where it may stay."""
+    def place(
+        self, name: str, value: torch.Tensor, dtype: torch.dtype | None = None, packed: bool = False
+    ) -> torch.Tensor:
+        """The tensor `name` from memory, resting at its home; `value` is used as it is where it may stay.
+
+        `packed`: nobody else looks at `value`, so it moves to where its block lies packed, if that does.
+        """
         if dtype is not None and value.dtype != dtype:
             value = _cast(name, value, dtype)
         home = self.home_of(name)
         if home == DISK and value.numel():
             return self._spilled(name, value)
-        return value.to(torch_device(home))
+        room = self._packed(name, value.shape, value.dtype) if packed and value.is_contiguous() else None
+        return value.to(torch_device(home)) if room is None else room.copy_(value)
+
+    def collect(self, wait: bool = False) -> int:
+        """How many loaded tensors have not arrived yet; with `wait`, after the one that was asked for first has.
+
+        Raises:
+            CheckpointError: one could not be read.
+        """
+        return 0 if self._arrivals is None else self._arrivals.collect(wait)
+
+    def finish(self) -> None:
+        """Wait until every loaded tensor has its values.
+
+        Raises:
+            CheckpointError: one could not be read.
+        """
+        if self._arrivals is not None:
+            self._arrivals.finish()
+            self._arrivals = None
+
+    def abandon(self) -> None:
+        """Stop loading, after an error or an interrupt: what has not arrived has no values."""
+        if self._arrivals is not None:
+            self._arrivals.abandon()
+            self._arrivals = None
 
     def with_legacy_files(self, index: CheckpointIndex) -> tuple[CheckpointIndex, dict[str, torch.Tensor]]:
         """`index` with the tensors of files in torch's old format, which have no offsets and are loaded whole.
@@ -108,15 +163,17 @@ class Materializer:
         """
         entries, in_memory = dict(index.entries), dict[str, torch.Tensor]()
         for path in index.legacy_files:
-            for name, tensor in load_bin(path).items():
-                if self.plan.streams:
-                    entries[name] = self._write(name, tensor)
-                else:
-                    in_memory[name] = tensor
+            if self.plan.streams:
+                entries.update(self._legacy_on_disk(path, index.stamps[path]))
+            else:
+                in_memory.update(load_bin(path))
         return replace(index, entries=entries), in_memory
 
     def register(self, executor: Executor, tensors: Iterable[torch.Tensor]) -> None:
         """Tell the executor which of the model's `tensors` rest in a file, as loaded and not replaced since."""
+        self.finish()
+        for cache in self._caches:
+            cache.seal()
         for tensor in tensors:
             known = self._entries.get(tensor.data_ptr())
             if known is not None and known[0].shape == tensor.shape and known[0].dtype == tensor.dtype:
@@ -128,26 +185,89 @@ class Materializer:
         entry = self._write(name, value)
         return self._at_rest_in(entry, self._mapped.tensor(entry))
 
-    def _write(self, name: str, value: torch.Tensor) -> TensorEntry:
-        if self._spill is None:
-            self._spill = SpillFolder(self._offload_folder)
+    def _cast_on_disk(self, name: str, entry: TensorEntry, dtype: torch.dtype) -> torch.Tensor:
+        """A tensor whose cast copy rests on disk: what the cache has is not cast again, nor is its source read."""
+        slot = self._cache.slot(dtype_name(dtype), self._legacy.get(entry, entry.file), entry.name)
+        cast = slot.find() if slot else None
+        if cast is None:
+            cast = self._write(name, _cast(name, self.source(entry), dtype), slot)
+        return self._at_rest_in(cast, self._mapped.tensor(cast))
+
+    def _legacy_on_disk(self, path: str, stamp: FileStamp) -> dict[str, TensorEntry]:
+        cache = self._cache_of({path: stamp})
+        entries = cache.whole(_AS_STORED)
+        if entries is None:
+            tensors = load_bin(path)
+            entries = {name: self._write(name, t, cache.slot(_AS_STORED, path, name)) for name, t in tensors.items()}
+            cache.seal(whole=True)
+        self._legacy |= dict.fromkeys(entries.values(), path)
+        return entries
+
+    def _cache_of(self, stamps: Mapping[str, FileStamp]) -> SpillCache:
+        """The cache for what is made from these files; one that takes nothing where the user names a folder."""
+        made_by = f"torch {torch.__version__} on {platform.machine()}"
+        self._caches.append(SpillCache({} if self._offload_folder else stamps, made_by))
+        return self._caches[-1]
+
+    def _write(self, name: str, value: torch.Tensor, slot: Slot | None = None) -> TensorEntry:
+        """Put a tensor on disk: into the cache's `slot` if there is one that takes it, else into this load's folder."""
         value = value.detach().to(CPU)
         flat, stride = (value, None) if value.is_contiguous() else _in_storage_order(value)
+        kept = slot.write(flat, tuple(value.shape), stride) if slot else None
+        if kept is not None:
+            return kept
+        if self._spill is None:
+            self._spill = SpillFolder(self._offload_folder)
         return replace(self._spill.write(flat, name), shape=tuple(value.shape), stride=stride)
 
     def _at_rest_in(self, entry: TensorEntry, mapped: torch.Tensor) -> torch.Tensor:
         self._entries[mapped.data_ptr()] = (mapped, entry)
         return mapped
 
-    def _resident_copy(self, entry: TensorEntry, source: torch.Tensor) -> torch.Tensor:
-        """Anonymous memory with the file's bytes: mapped pages could be evicted by what streams."""
-        if entry.nbytes < DIRECT_FROM or entry.stride is not None:
+    def _copied(self, name: str, value: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
+        """`value` at its home, in memory of its own: mapped pages, as `source` is, could be evicted by what streams."""
+        room = self._packed(name, value.shape, value.dtype) if value.is_contiguous() else None
+        if room is not None:
+            return room.copy_(value)
+        home = self.home_of(name)
+        if value is source and home in (CPU, DISK):
             return copy_in_phase(source)
-        plan = layout([entry])
-        buffer = page_buffer(plan.nbytes)
-        self.reader.read(plan.extents, buffer).result()
-        count = entry.nbytes // source.element_size()
-        return torch.frombuffer(buffer, dtype=source.dtype, count=count, offset=plan.positions[0]).view(entry.shape)
+        return value.to(torch_device(home), copy=value is source)
+
+    def _room(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, phase: int) -> torch.Tensor:
+        """Memory at a tensor's home, yet to be filled; on the CPU at an address of this residue modulo PHASE."""
+        with torch.inference_mode(False):  # no other thread could write to a tensor made in that mode
+            home = self.home_of(name)
+            if home not in (CPU, DISK):
+                return _device_tensor(name, shape, dtype, torch_device(home))
+            packed = self._packed(name, shape, dtype)
+            if packed is not None:
+                return packed
+            count = math.prod(shape)
+            pages = page_buffer(phase + count * dtype.itemsize)
+            return torch.frombuffer(pages, dtype=dtype, count=count, offset=phase).view(shape)
+
+    def _packed(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor | None:
+        name = self.plan.ties.get(name, name)
+        pack = self._packs.get(name)
+        return None if pack is None else pack.tensor(name, dtype, shape)
+
+    def _coming(self) -> Arrivals:
+        if self._arrivals is None:
+            # The rings are counted in the plan, and made only when the model runs
+            staging = min(STAGING, sum(self.plan.ring.values())) if self._streams else STAGING
+            self._arrivals = Arrivals(self.reader, staging, keeps_cache=not self._streams)
+        return self._arrivals
+
+
+def _device_tensor(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    try:
+        return torch.empty(shape, dtype=dtype, device=device)
+    except torch.OutOfMemoryError as error:
+        raise torch.OutOfMemoryError(
+            f"Tensor {name!r} needs {human_bytes(math.prod(shape) * dtype.itemsize)} on {device}, which has no room "
+            f"for it: {error} Give the plan a smaller budget there, with max_memory."
+        ) from error
 
 
 def copy_in_phase(source: torch.Tensor) -> torch.Tensor:
@@ -179,6 +299,17 @@ def _homes(plan: Plan) -> dict[str, str]:
             stays = tensor.is_buffer and not plan.offload_buffers
             homes[tensor.name] = _computed_on(placement) if stays else placement.home_of(tensor.name)
     return homes
+
+
+def _packs(plan: Plan, homes: Mapping[str, str]) -> dict[str, Pack]:
+    """Tensor name -> the pack of its block, for what rests in RAM and streams to an accelerator."""
+    packs: dict[str, Pack] = {}
+    for placement in plan.placements:
+        if placement.at_home or placement.device in (CPU, DISK):
+            continue
+        sizes = {t.name: t.nbytes for t in placement.block.tensors if homes[t.name] == CPU}
+        packs |= dict.fromkeys(sizes, Pack(sizes, torch_device(placement.device)))
+    return packs
 
 
 def _computed_on(placement: Placement) -> str:

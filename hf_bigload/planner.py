@@ -2,17 +2,19 @@
 
 `make_plan` decides by itself, `follow_map` does what a device map says. Both end in the same frozen `Plan`.
 
-What streams needs room where it lands. So the planner first tries to stream nothing; then it tries each block size as
-the largest that may stream (the ring), keeps whatever is larger resident, and takes the ring that leaves the most bytes
-resident. The last blocks stay resident first: where blocks do not run equally often, it is the decoder's, which come
+What streams needs room where it lands: for the block that runs, and for the next one, which comes meanwhile. So the
+planner first tries to stream nothing; then it tries each block size as the largest that may stream, keeps whatever is
+larger resident, and takes the ring that leaves the most bytes resident. Where no ring of two blocks fits, one does with
+one. The last blocks stay resident first: where blocks do not run equally often, it is the decoder's, which come
 last, that run once per token. A block that fits nowhere is cut into its leaves; a leaf larger than the device is
 computed where it rests.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import accumulate
 from typing import Any
 
@@ -21,6 +23,9 @@ from .specs import CPU, DISK, BlockSpec, Hardware, ModelSpec, Placement, Plan
 
 STRATEGIES = ("auto", "balanced", "balanced_low_0", "sequential")
 _MAX_RING_CANDIDATES = 32
+
+_DEPTHS = (2, 1)
+"""Blocks that a ring holds at once, the best first: with one, nothing comes while something runs."""
 
 MapValue = Callable[[str], Any]
 """Device name -> how device maps write it (accelerators by number)."""
@@ -47,12 +52,24 @@ def make_plan(
         raise ValueError(f"device_map={strategy!r}: choose one of {', '.join(STRATEGIES)}, a device, or a dict.")
     resident = _resident(spec, hardware, strategy)
     if resident is None:
-        placements = _Offload(spec, hardware, offload_buffers, last_first=strategy != "sequential").placements()
+        placements, depth = _offloaded(spec, hardware, offload_buffers, last_first=strategy != "sequential")
     else:
-        placements = resident
+        placements, depth = resident, 0
     computes = {placement.device for placement in placements}
     main = next((name for name in hardware.devices if name in computes), CPU)
-    return _finish(spec, placements, main, hardware, offload_buffers, map_value)
+    return _finish(spec, placements, main, hardware, offload_buffers, map_value, depth)
+
+
+def _offloaded(
+    spec: ModelSpec, hardware: Hardware, offload_buffers: bool, last_first: bool
+) -> tuple[list[Placement], int]:
+    """A placement with offload, and the blocks that its rings hold."""
+    for depth in _DEPTHS[:-1]:
+        try:
+            return _Offload(spec, hardware, offload_buffers, last_first, depth).placements(), depth
+        except BudgetError:
+            continue
+    return _Offload(spec, hardware, offload_buffers, last_first, _DEPTHS[-1]).placements(), _DEPTHS[-1]
 
 
 def follow_map(
@@ -72,7 +89,8 @@ def follow_map(
         homes = {home_of(t.name) for t in block.tensors}
         cut = block.whole and (len(homes) > 1 or (homes <= {CPU, DISK} and is_mostly_tables(block)))
         placements += [_as_mapped(unit, home_of, main_device) for unit in (block.parts if cut else (block,))]
-    return _finish(spec, placements, main_device, hardware, offload_buffers, map_value)
+    finish = partial(_finish, spec, placements, main_device, hardware, offload_buffers, map_value)
+    return next((plan for depth in _DEPTHS if (plan := finish(depth)).keeps_budget), finish(_DEPTHS[-1]))
 
 
 def _as_mapped(block: BlockSpec, home_of: Callable[[str], str], main: str) -> Placement:
@@ -174,8 +192,10 @@ class _Choice:
 class _Offload:
     """Accelerators first, then RAM, then disk, with room kept for what streams."""
 
-    def __init__(self, spec: ModelSpec, hardware: Hardware, offload_buffers: bool, last_first: bool) -> None:
-        self.spec, self.hardware, self.offload_buffers = spec, hardware, offload_buffers
+    def __init__(
+        self, spec: ModelSpec, hardware: Hardware, offload_buffers: bool, last_first: bool, depth: int
+    ) -> None:
+        self.spec, self.hardware, self.offload_buffers, self.depth = spec, hardware, offload_buffers, depth
         self.step = -1 if last_first else 1
         self.main = next(iter(hardware.devices), CPU)
         self.on_cpu = self.main == CPU
@@ -188,6 +208,8 @@ class _Offload:
     def placements(self) -> list[Placement]:
         if self.on_cpu:
             return self._below([None] * len(self.units))
+        if self.depth > 1:
+            return self._below(list(self._best_ring().homes))
         try:
             return self._below(list(self._best_ring().homes))
         except BudgetError:  # what comes from disk passes through RAM: whole blocks may be too large for that
@@ -214,17 +236,24 @@ class _Offload:
         step = max(1, len(sizes) // _MAX_RING_CANDIDATES)
         candidates = sorted({*sizes[::step], *sizes[-1:]})
         choices = [c for ring in candidates if (c := self._with_ring(ring)) is not None]
+        if not choices and self.depth > 1:
+            raise self._refusal(self.units)
         if not choices:  # not even the buffers fit: compute on the CPU what does not
             return _Choice(0, (None,) * len(self.units), 0)
         return max(choices, key=lambda c: (c.resident_bytes, -c.ring))
 
-    def _with_ring(self, ring: int) -> _Choice | None:
-        """Accelerator homes if at most `ring` bytes may stream at once; None where a larger block would have to."""
+    def _window(self, units: Sequence[BlockSpec], largest: int) -> int:
+        """Bytes of a ring for those of `units` that are no larger than `largest`."""
+        return window((size for u in units if (size := self._arrival(u)) <= largest), self.depth)
+
+    def _with_ring(self, largest: int) -> _Choice | None:
+        """Accelerator homes if blocks of at most `largest` bytes stream; None where a larger one would have to."""
         budgets = dict(self.hardware.devices)
+        ring = self._window(self.units, largest)
         budgets[self.main] -= ring + sum(map(self._kept_buffers, self.units))
         if budgets[self.main] < 0:
             return None
-        must = [ring < self._arrival(u) <= self.limit for u in self.units]
+        must = [largest < self._arrival(u) <= self.limit for u in self.units]
         homes = self._fill_first(must, budgets)
         if any(m and h is None for m, h in zip(must, homes, strict=True)):
             return None
@@ -267,9 +296,10 @@ class _Offload:
             raise self._refusal(units)
         return max(candidates, key=lambda chosen: sum(u.nbytes for u, c in zip(units, chosen, strict=True) if c))
 
-    def _with_staging(self, units: Sequence[BlockSpec], staging: int) -> list[bool] | None:
-        """In RAM: all that `staging` bytes cannot pass, then what else fits."""
-        chosen = [self._arrival(u) > staging for u in units]
+    def _with_staging(self, units: Sequence[BlockSpec], largest: int) -> list[bool] | None:
+        """In RAM: every block of more than `largest` bytes, then what else fits."""
+        staging = self._window(units, largest)
+        chosen = [self._arrival(u) > largest for u in units]
         resident = sum(u.nbytes for u, c in zip(units, chosen, strict=True) if c)
         kept = sum(self._kept_in_ram(u) for u, c in zip(units, chosen, strict=True) if not c)
         if not self.hardware.ram and not resident and staging <= self.hardware.passage:
@@ -316,9 +346,10 @@ def _finish(
     hardware: Hardware,
     offload_buffers: bool,
     map_value: MapValue,
+    depth: int,
 ) -> Plan:
     placements = _borrowers_follow(placements, {**hardware.devices, CPU: hardware.ram})
-    ring = _rings(placements)
+    ring = _rings(placements, depth)
     homes = {t.name: map_value(p.home_of(t.name)) for p in placements for t in p.block.tensors}
     homes.update({name: homes[owner] for name, owner in spec.ties.items() if owner in homes})
     device_map = _execution_device_first(homes, map_value(main))
@@ -349,18 +380,22 @@ def _borrowers_follow(placements: list[Placement], budget: Mapping[str, int]) ->
     return followed
 
 
-def _rings(placements: Sequence[Placement]) -> dict[str, int]:
-    """Bytes of the largest arrival per device; what comes from disk to an accelerator passes through RAM."""
-    ring: dict[str, int] = {}
+def window(sizes: Iterable[int], depth: int) -> int:
+    """Bytes of a ring in which any `depth` blocks of these sizes fit together."""
+    return sum(sorted(sizes, reverse=True)[:depth])
+
+
+def _rings(placements: Sequence[Placement], depth: int) -> dict[str, int]:
+    """Bytes of each device's ring; what comes from disk to an accelerator passes through one in RAM."""
+    arriving: dict[str, list[int]] = {}
     sizes = {t.name: t.nbytes for p in placements for t in p.block.tensors}
     homes = {t.name: p.home_of(t.name) for p in placements for t in p.block.tensors}
     for p in placements:
         borrowed = 0 if p.at_home else sum(sizes[n] for n in p.block.borrows if homes.get(n, p.device) != p.device)
-        arriving = p.streamed_bytes + borrowed
-        ring[p.device] = max(ring.get(p.device, 0), arriving)
+        arriving.setdefault(p.device, []).append(p.streamed_bytes + borrowed)
         if p.device != CPU and DISK in (p.home, *p.exceptions.values()):
-            ring[CPU] = max(ring.get(CPU, 0), arriving)
-    return {device: size for device, size in ring.items() if size}
+            arriving.setdefault(CPU, []).append(p.streamed_bytes + borrowed)
+    return {device: size for device, each in arriving.items() if (size := window(each, depth))}
 
 
 def _used(placements: Sequence[Placement], ring: Mapping[str, int], offload_buffers: bool) -> dict[str, int]:

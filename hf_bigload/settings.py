@@ -6,6 +6,7 @@ Arguments of `hf_bigload.enable` come before the environment:
     HF_BIGLOAD_MAX_MEMORY       0=10GiB,cpu=30GiB
     HF_BIGLOAD_OFFLOAD_FOLDER   a folder for weights that must be kept converted
     HF_BIGLOAD_EXPLAIN          1 to print the plan of every load
+    HF_BIGLOAD_CACHE_SIZE       100GiB: what the cache of converted weights may grow to; 0 for none
 """
 
 from __future__ import annotations
@@ -34,12 +35,14 @@ _SIZE = re.compile(r"(\d+(?:\.\d*)?|\.\d+)\s*([a-z]*)", re.IGNORECASE)
 @dataclass(frozen=True)
 class Settings:
     """Defaults for loads: `device_map` for one without a map (None: it stays the library's own affair), `max_memory` in
-    bytes by device, `offload_folder`, and whether to `explain` each plan on stderr."""
+    bytes by device, `offload_folder`, whether to `explain` each plan on stderr, and the bytes that the cache of
+    converted weights may take, `cache_size` (None: see `checkpoint.spill_cache.size_limit`)."""
 
     device_map: Any = None
     max_memory: Mapping[int | str, int] | None = None
     offload_folder: str | None = None
     explain: bool = False
+    cache_size: int | None = None
 
 
 _in_force: Settings | None = None
@@ -92,6 +95,7 @@ def from_environment(environ: Mapping[str, str] = os.environ) -> Settings:
         "max_memory": parse_max_memory,
         "offload_folder": str,
         "explain": _parse_flag,
+        "cache_size": parse_size,
     }
     values = {}
     for field, read in readers.items():

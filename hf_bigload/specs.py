@@ -211,6 +211,11 @@ class Plan:
         return any(p.streamed_bytes for p in self.placements) or DISK in self.devices
 
     @property
+    def keeps_budget(self) -> bool:
+        """Whether no device holds more than it may. A device without a budget may hold anything."""
+        return all(size <= self.budget.get(device, size) for device, size in self.used.items())
+
+    @property
     def devices(self) -> frozenset[str]:
         """Every place that the plan uses, as home or to compute."""
         homes = {home for p in self.placements for home in (p.home, *p.exceptions.values())}

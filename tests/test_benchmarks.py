@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
+import io
 import json
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,9 +17,33 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from benchmarks import memory_cgroup, raw_disk, t0_forward, write_checkpoint
+import hf_bigload
+from benchmarks import (
+    cases,
+    forward,
+    gpu,
+    memory_cgroup,
+    raw_disk,
+    report,
+    resident_forward,
+    streaming,
+    t0_forward,
+    write_checkpoint,
+)
+from benchmarks.cases import CASES, assert_same_bits
+from benchmarks.measure import parse_max_memory, warm
 from benchmarks.memory_cgroup import MemoryGroup, find_parent, parse_bytes, run_limited
-from benchmarks.write_checkpoint import ARCHITECTURES, RandomBlock, Tensor, list_tensors, split_into_shards
+from benchmarks.processes import NotRunError, ResultsDifferError, Runner, Steady, WorkerError, guarded, sample
+from benchmarks.report import Row, Target
+from benchmarks.write_checkpoint import (
+    ARCHITECTURES,
+    RandomBlock,
+    Tensor,
+    ensure_checkpoint,
+    list_tensors,
+    split_into_shards,
+)
+from tests import simdev
 
 MIB = 1 << 20
 TINY = [name for name in ARCHITECTURES if name.endswith("_tiny")]
@@ -37,7 +65,13 @@ def read_all(folder: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("name", "nbytes"), [("t0_3b", 5_699_514_368), ("t0pp", 22_270_664_704), ("llama_1b", 4_400_193_536)]
+    ("name", "nbytes"),
+    [
+        ("t0_3b", 5_699_514_368),
+        ("t0pp", 22_270_664_704),
+        ("llama_1b", 4_400_193_536),
+        ("llama_8b", 16_060_522_496),
+    ],
 )
 def test_real_names_have_the_published_size(name: str, nbytes: int) -> None:
     architecture = ARCHITECTURES[name]
@@ -244,7 +278,14 @@ def test_a_file_is_read_to_its_very_end(files: list[Path]) -> None:
         assert reading.nbytes == 21 * MIB + 123
 
 
-# --- t0_forward ---
+def test_cached_pages_are_kept_only_when_they_are_what_is_measured(files: list[Path]) -> None:
+    chunks = list(raw_disk.list_chunks(files))
+    warm(files)
+    assert raw_disk.measure(raw_disk.Mode(direct=False, threads=2, cached=True), chunks).disk_bytes == 0
+    assert raw_disk.Mode(direct=False, threads=2, cached=True).name == "cached, 2 threads"
+
+
+# --- forward, as a T0 is run ---
 
 
 @pytest.fixture
@@ -254,21 +295,27 @@ def tiny(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def forward(tiny: Path, capsys: Any) -> Iterator[Callable[..., dict[str, Any]]]:
-    threads = torch.get_num_threads()
+def threads() -> Iterator[None]:
+    """Workers set how many there are."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
 
+
+@pytest.fixture
+def run_t0(tiny: Path, threads: None, capsys: Any) -> Iterator[Callable[..., dict[str, Any]]]:
     def run(engine: str, *more: str) -> dict[str, Any]:
         t0_forward.main(["--engine", engine, "--checkpoint", str(tiny), *more])
         return json.loads(capsys.readouterr().out)
 
     yield run
-    torch.set_num_threads(threads)
+    hf_bigload.disable()
 
 
-def test_stock_from_disk_gives_the_logits_of_a_plain_load(forward: Callable[..., dict[str, Any]], tiny: Path) -> None:
+def test_stock_from_disk_gives_the_logits_of_a_plain_load(run_t0: Callable[..., dict[str, Any]], tiny: Path) -> None:
     pytest.importorskip("accelerate")
-    plain = forward("plain", "--new-tokens", "3", "--forwards", "1")
-    stock = forward("stock", "--new-tokens", "3", "--max-memory", "cpu=200KB")
+    plain = run_t0("plain", "--new-tokens", "3", "--forwards", "1")
+    stock = run_t0("stock", "--new-tokens", "3", "--max-memory", "cpu=200KB")
     assert len(plain["forwards"]) == 1 and len(stock["forwards"]) == 2
     assert {run["logits_sha256"] for run in plain["forwards"] + stock["forwards"]} == {
         plain["forwards"][0]["logits_sha256"]
@@ -280,12 +327,216 @@ def test_stock_from_disk_gives_the_logits_of_a_plain_load(forward: Callable[...,
     assert [path.name for path in tiny.parent.iterdir()] == ["tiny"], "the offload folder is removed"
 
 
-def test_peaks_are_bytes_and_contain_one_another(forward: Callable[..., dict[str, Any]]) -> None:
-    report = forward("plain")
+def test_ours_says_what_it_streamed_and_what_it_had_planned(run_t0: Callable[..., dict[str, Any]]) -> None:
+    ours = run_t0("hf_bigload", "--max-memory", "cpu=300KB", "--warm-up", "1")
+    assert len(ours["warm_up"]) == 1 and len(ours["forwards"]) == 2
+    assert all(0 < run["streamed_bytes"] < 477184 for run in ours["forwards"])
+    assert ours["plan"]["used"]["cpu"] <= 300_000
+
+
+def test_peaks_are_bytes_and_contain_one_another(run_t0: Callable[..., dict[str, Any]]) -> None:
+    report = run_t0("plain")
     assert report["peak_rss_bytes"] >= report["peak_anon_bytes"] >= report["runtime_anon_bytes"] > 0
 
 
 def test_max_memory_is_given_as_the_libraries_take_it() -> None:
-    assert t0_forward.parse_max_memory("cpu=8GB,0=10GiB") == {"cpu": "8GB", 0: "10GiB"}
+    assert parse_max_memory("cpu=8GB,0=1000") == {"cpu": "8GB", 0: 1000}
     with pytest.raises(ValueError, match="write it like"):
-        t0_forward.parse_max_memory("8GB")
+        parse_max_memory("8GB")
+
+
+# --- whole runs ---
+
+
+@pytest.fixture
+def in_this_process(monkeypatch: pytest.MonkeyPatch, threads: None) -> Iterator[None]:
+    """Workers run here: the same logic, without the seconds that every new process needs for its imports."""
+
+    def run(self: Runner, module: str, *arguments: object, limit: int | None = None) -> dict[str, Any]:
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            importlib.import_module(f"benchmarks.{module}").main([str(argument) for argument in arguments])
+        hf_bigload.disable()
+        return json.loads(printed.getvalue().splitlines()[-1])
+
+    monkeypatch.setattr(Runner, "run", run)
+    for worker in (forward, resident_forward):
+        monkeypatch.setattr(worker, "THREADS", 1)  # of models this small, more only wait for each other
+    simdev.load()
+    with simdev.devices([None], hide_others=True):
+        simdev.load().set_visible_count(0)  # only for workers that open them
+        yield
+    hf_bigload.disable()
+
+
+@pytest.fixture
+def streaming_run(in_this_process: None, tmp_path: Path) -> Callable[..., int]:
+    folders = ["--checkpoint", str(tmp_path / "llama"), "--t0-checkpoint", str(tmp_path / "t0")]
+    return lambda *more: streaming.main(["--model", "llama_1b_tiny", "--small-forwards", "2", *folders, *more])
+
+
+def test_every_case_of_the_issue_is_measured_and_recorded(streaming_run: Callable[..., int], tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+    record = tmp_path / "RESULTS.md"
+    record.write_text("# Mine")
+    assert streaming_run("--forwards", "1", "--record", str(record)) == 0
+    text = record.read_text()
+    assert text.startswith("# Mine\n\n## Streaming")
+    rows = [line for line in text.splitlines() if any(line.startswith(f"| {case.title} |") for case in CASES)]
+    assert len(rows) == len(CASES) == 10
+    assert not [row for row in rows if "FAILED" in row or "DIFFER" in row]
+    assert streaming.WITHOUT_ISOLATION in text
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["RESULTS.md", "llama", "t0"], "no scratch is left"
+
+
+def test_a_run_whose_bits_differ_fails_and_says_where(
+    streaming_run: Callable[..., int], monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    pytest.importorskip("accelerate")
+    original = forward.run_forward
+
+    def altered(model: Any, tokens: int, engine: str) -> dict[str, Any]:
+        return original(model, tokens, engine) | ({"logits_sha256": "0" * 64} if engine == "hf_bigload" else {})
+
+    monkeypatch.setattr(forward, "run_forward", altered)
+    assert streaming_run("--case", "t0_streaming") == 1
+    printed = capsys.readouterr()
+    assert "RESULTS DIFFER" in printed.out
+    assert "16 tokens: hf_bigload 000000000000" in printed.err
+
+
+def test_the_whole_logic_for_accelerators_runs_on_the_simulated_one(
+    in_this_process: None, tmp_path: Path, capsys: Any
+) -> None:
+    pytest.importorskip("accelerate")
+    assert gpu.main(["--device", "sim", "--tiny", "--steps", "2", "--folder", str(tmp_path / "bench")]) == 0
+    printed = capsys.readouterr().out
+    assert "same bits as resident" in printed
+    assert "pinned memory to device" in printed
+    assert "failed" not in printed and "FAILED" not in printed and "DIFFER" not in printed
+
+
+def test_an_accelerator_that_gives_other_bits_fails_the_run(
+    in_this_process: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setattr(gpu, "SOME_TINY_MODELS", ("llama",))
+    monkeypatch.setattr("benchmarks.placements.same", lambda wanted, found: wanted.is_floating_point())
+    folder = str(tmp_path / "bench")
+    assert gpu.main(["--device", "sim", "--tiny", "--part", "correctness", "--folder", folder]) == 1
+    assert "RESULTS DIFFER" in capsys.readouterr().out
+
+
+# --- what the runs are made of ---
+
+
+def test_a_worker_is_a_process_of_its_own_and_its_reads_are_counted(tmp_path: Path) -> None:
+    runner = Runner({"WORD": "hello"}, isolated=False, read_limit=0)
+    with pytest.raises(WorkerError, match="nowhere"):
+        runner.run("forward", "--engine", "plain", "--checkpoint", tmp_path / "nowhere")
+    assert runner.read_bytes == 0
+
+
+def test_no_process_outlives_the_deadline_of_its_run(tmp_path: Path) -> None:
+    runner = Runner({}, isolated=False, read_limit=0, deadline=time.monotonic() + 0.1)
+    with pytest.raises(NotRunError, match="stopped"):
+        runner.run("forward", "--engine", "plain", "--checkpoint", tmp_path)
+    with pytest.raises(NotRunError, match="not run"):
+        runner.run("forward", "--engine", "plain", "--checkpoint", tmp_path)
+
+
+def test_what_was_not_run_is_named_and_wrong_results_fail(capsys: Any) -> None:
+    def rows(error: Exception) -> Iterator[Row]:
+        yield Row("first")
+        raise error
+
+    found = list(guarded(Row("case"), lambda: rows(NotRunError("not run: no peer"))))
+    assert found == [(Row("first"), True), (Row("case", verdict="not run: no peer"), True)]
+    assert [right for _, right in guarded(Row("case"), lambda: rows(ResultsDifferError("a; b")))] == [True, False]
+    assert "RESULTS DIFFER: case: a; b" in capsys.readouterr().err
+
+
+def reports(**hashes: str) -> dict[str, Any]:
+    return {name: {"forwards": [{"tokens": 1, "logits_sha256": value}]} for name, value in hashes.items()}
+
+
+def test_bits_are_compared_by_the_number_of_tokens() -> None:
+    assert_same_bits(**reports(ours="a", stock="a", plain="a"))
+    assert_same_bits(a=reports(a="1")["a"], b={"forwards": [{"tokens": 64, "logits_sha256": "2"}]})
+    with pytest.raises(ResultsDifferError, match="1 tokens: ours, plain a; stock b"):
+        assert_same_bits(**reports(ours="a", stock="b", plain="a"))
+
+
+def test_a_case_during_which_the_disk_changed_is_repeated_and_else_does_not_count(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    speeds = iter([1.0, 0.5, 1.0, 0.9])
+    monkeypatch.setattr(Runner, "raw", lambda self, files, phase=0: next(speeds))
+    work = iter(["first", "second"])
+    runner = Runner({}, isolated=False, read_limit=1)
+    assert runner.steady([], lambda: next(work)) == Steady("second", (1.0, 0.9))
+
+    speeds = iter([1.0, 0.5] * 3)
+    unsettled = runner.steady([], lambda: "last")
+    assert next(speeds, None) is None, "two repetitions, and no more"
+    assert cases.judged(Row("case", ratio=2.0, target=Target(1, True)), unsettled).met == "unsettled"
+
+
+def test_no_repetition_reads_more_than_the_run_may(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Runner, "raw", lambda self, files, phase=0: 1.0 + phase)
+    runner = Runner({}, isolated=False, read_limit=100)
+
+    def read() -> None:
+        runner.read_bytes += 60
+
+    runner.steady([], read)
+    assert runner.read_bytes == 60
+
+
+def test_samples_of_one_run_are_different_parts_of_the_files(files: list[Path]) -> None:
+    limit = raw_disk.CHUNK
+    parts = [list(sample(files, limit, phase)) for phase in (0, 1)]
+    assert all(part and sum(chunk.nbytes for chunk in part) <= limit for part in parts)
+    assert not set(parts[0]) & set(parts[1])
+
+
+def test_a_checkpoint_is_written_once_and_never_taken_for_another(tmp_path: Path) -> None:
+    folder = ensure_checkpoint("llama_1b_tiny", tmp_path / "llama")
+    before = [(path.name, path.stat().st_mtime_ns) for path in sorted(folder.iterdir())]
+    assert ensure_checkpoint("llama_1b_tiny", folder) == folder
+    assert [(path.name, path.stat().st_mtime_ns) for path in sorted(folder.iterdir())] == before
+    with pytest.raises(ValueError, match="another model than t0_3b_tiny"):
+        ensure_checkpoint("t0_3b_tiny", folder)
+
+
+# --- report ---
+
+
+@pytest.mark.parametrize(
+    ("target", "ratio", "met"),
+    [(Target(0.9, True), 0.9, "met"), (Target(0.9, True), 0.89, "NOT MET"), (Target(1.1, False), 1.2, "NOT MET")],
+)
+def test_a_target_is_met_or_not(target: Target, ratio: float, met: str) -> None:
+    assert Row("case", ratio=ratio, target=target).met == met
+
+
+def test_a_verdict_comes_before_the_target() -> None:
+    assert Row("case", ratio=1.0, target=Target(0.9, True), verdict="unsettled").met == "unsettled"
+
+
+def test_a_table_in_markdown_keeps_its_columns() -> None:
+    text = report.markdown([Row("a | b", note="two\nlines")], "Title", ["about"])
+    header, _, row = [line for line in text.splitlines() if line.startswith("|")]
+    assert row.replace("\\|", "").count("|") == header.count("|")
+    assert "two lines" in row
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(4_400_000_000, "4.40 GB"), (350_000, "350.00 kB"), (12, "0.01 kB"), (-2_000_000, "-2.00 MB")]
+)
+def test_sizes_are_told_in_units_that_fit(value: int, text: str) -> None:
+    assert report.size(value) == text
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(2.5, "2.5 s"), (0.0123, "12.3 ms"), (0.000045, "45 µs")])
+def test_times_are_told_in_units_that_fit(seconds: float, text: str) -> None:
+    assert report.duration(seconds) == text

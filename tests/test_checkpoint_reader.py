@@ -427,6 +427,66 @@ def test_a_reader_without_threads_or_with_cut_pages_is_refused(arguments: dict[s
         Reader(**arguments)
 
 
+# ------------------------------------------------------------------------------------------- tasks on the same threads
+
+
+def test_tasks_run_on_the_threads_that_read_and_their_bytes_are_summed(small_chunks: Reader) -> None:
+    names: list[str] = []
+    tasks = [lambda n=n: names.append(threading.current_thread().name) or n for n in (3, 4, 5)]
+    assert small_chunks.submit(tasks).result(30) == 12
+    assert names == ["hf_bigload-reader"] * 3
+    assert small_chunks.bytes_read == 12
+    assert small_chunks.submit([]).result(1) == 0
+
+
+def test_tasks_are_done_only_once_no_thread_works_on_any_and_the_first_error_is_told(small_chunks: Reader) -> None:
+    failed, may_end, ended = threading.Event(), threading.Event(), threading.Event()
+
+    def slow() -> int:
+        assert may_end.wait(30)
+        ended.set()
+        return 1
+
+    def fails() -> int:
+        failed.set()
+        raise OSError(errno.EIO, "Input/output error")
+
+    future = small_chunks.submit([slow, fails])
+    assert failed.wait(30)
+    with pytest.raises(TimeoutError):
+        future.result(0.05)
+    may_end.set()
+    assert isinstance(future.exception(30), OSError)
+    assert ended.is_set()
+
+
+def test_what_comes_before_a_read_is_over_when_its_first_byte_is_written(file: str, content: bytes) -> None:
+    made, buffer, may_write = Reader(threads=4, chunk=PAGE), page_buffer(10 * PAGE), threading.Event()
+    future = made.read([Extent(file, 0, 10 * PAGE, 0)], buffer, before=lambda: may_write.wait(30))
+    time.sleep(0.02)
+    assert buffer[:] == bytes(10 * PAGE)
+    may_write.set()
+    assert future.result(30) == 10 * PAGE
+    assert buffer[:] == content[: 10 * PAGE]
+
+
+def test_an_error_before_a_read_fails_it_and_nothing_is_written(file: str, small_chunks: Reader) -> None:
+    def refuse() -> None:
+        raise RuntimeError("the device is gone")
+
+    buffer = page_buffer(10 * PAGE)
+    with pytest.raises(RuntimeError, match="the device is gone"):
+        small_chunks.read([Extent(file, 0, 10 * PAGE, 0)], buffer, before=refuse).result(30)
+    assert buffer[:] == bytes(10 * PAGE)
+
+
+def test_a_closed_reader_takes_no_tasks() -> None:
+    made = Reader()
+    made.close()
+    with pytest.raises(ValueError, match="closed"):
+        made.submit([lambda: 1])
+
+
 # ---------------------------------------------------------------------------------------------------- life and death
 
 
@@ -614,6 +674,25 @@ def test_a_read_under_way_at_a_fork_ends_in_both_processes_each_in_its_own_buffe
     child_is_done.set()
     assert future.result(20) == 20_000
     assert buffer[:20_000] == content[:20_000]
+
+
+@needs_fork
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")
+def test_tasks_under_way_at_a_fork_are_repeated_in_the_child(small_chunks: Reader) -> None:
+    parent, child_is_done = os.getpid(), threading.Event()
+
+    def task() -> int:
+        assert os.getpid() != parent or child_is_done.wait(60)
+        return 7
+
+    future = small_chunks.submit([task, task])
+
+    def check() -> None:
+        assert future.result(20) == 14
+
+    assert in_child(check) == 0
+    child_is_done.set()
+    assert future.result(20) == 14
 
 
 # --------------------------------------------------------------------------------------------------- mapped tensors

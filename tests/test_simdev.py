@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch import Tensor, accelerator, nn
 from torch.nn import functional as F
+from torch.utils.dlpack import from_dlpack, to_dlpack
 
 from tests import simdev
 from tests.simdev import build
@@ -384,6 +385,47 @@ def test_a_host_buffer_overwritten_before_its_copy_ran_shows(async_sim: ModuleTy
     assert prefetch.slot.cpu().eq(-1).all()
 
 
+def test_a_host_buffer_overwritten_before_the_host_knows_of_its_copy_counts(async_sim: ModuleType) -> None:
+    """Also where the bits are right, because a kernel has made the copy run: on a device it may still be waiting."""
+    prefetch = Prefetch()
+    prefetch.compute.wait_event(prefetch.start())
+    doubled = prefetch.slot * 2
+    prefetch.host.fill_(-1)
+    assert doubled.cpu()[0] == 2
+    assert async_sim.violations() == 1
+    assert re.match(r"the host overwrote pinned memory before a copy .* 32 bytes", async_sim.violation_messages()[0])
+
+
+@pytest.mark.parametrize("wait", WAITS.values(), ids=WAITS.keys())
+def test_a_host_buffer_may_be_overwritten_once_the_host_has_waited(
+    async_sim: ModuleType, wait: Callable[[Prefetch, torch.Event], object]
+) -> None:
+    prefetch = Prefetch()
+    wait(prefetch, prefetch.start())
+    assert prefetch.arrived  # which makes the host wait, too
+    prefetch.host.fill_(-1)
+    accelerator.synchronize("sim:0")
+    assert async_sim.violation_messages() == []
+
+
+def test_part_of_a_host_buffer_may_be_overwritten_while_another_is_copied(async_sim: ModuleType) -> None:
+    host, slot, stream = torch.zeros(8).pin_memory(), torch.zeros(4, device="sim:0"), torch.Stream("sim:0")
+    stream.wait_stream(accelerator.current_stream("sim:0"))
+    with stream:
+        slot.copy_(host[:4], non_blocking=True)
+    host[4:].fill_(1)
+    accelerator.synchronize("sim:0")
+    assert async_sim.violation_messages() == []
+
+
+def test_a_device_may_overwrite_the_host_buffer_that_it_has_copied(async_sim: ModuleType) -> None:
+    host, slot = torch.zeros(8).pin_memory(), torch.ones(8, device="sim:0")
+    torch.empty(8, device="sim:0").copy_(host, non_blocking=True)
+    host.copy_(slot, non_blocking=True)
+    accelerator.synchronize("sim:0")
+    assert host.eq(1).all() and async_sim.violation_messages() == []
+
+
 def test_a_pinned_buffer_outlives_the_copies_from_it(async_sim: ModuleType) -> None:
     prefetch = Prefetch()
     expected = prefetch.host.clone()
@@ -454,6 +496,68 @@ def test_slots_of_one_ring_are_told_apart(async_sim: ModuleType) -> None:
     prefetch.compute.wait_event(prefetch.start(prefetch.ring[1]))
     assert torch.equal(prefetch.ring[1].cpu(), prefetch.host)
     assert async_sim.violation_messages() == []
+
+
+class Arena:
+    """One piece of device memory, and slots of it with storages of their own, as DLPack makes them."""
+
+    def __init__(self) -> None:
+        self.memory = torch.zeros(64, device="sim:0")
+        self.copies, self.compute = torch.Stream("sim:0"), accelerator.current_stream("sim:0")
+        self.copies.wait_stream(self.compute)
+        self.host = torch.arange(1.0, 33.0).pin_memory()
+
+    def slot(self, start: int, end: int) -> Tensor:
+        return from_dlpack(to_dlpack(self.memory[start:end]))
+
+    def fill(self, slot: Tensor) -> None:
+        with self.copies:
+            slot.copy_(self.host[: len(slot)], non_blocking=True)
+            self.compute.wait_event(self.copies.record_event())
+
+
+def test_a_dlpack_slot_overwritten_while_it_is_read_counts(async_sim: ModuleType) -> None:
+    arena = Arena()
+    arena.fill(slot := arena.slot(0, 32))
+    slot * 2
+    assert async_sim.violation_messages() == []
+    arena.fill(slot)
+    assert async_sim.violations() == 1
+    assert "is not ordered after aten::mul (read" in async_sim.violation_messages()[0]
+
+
+@pytest.mark.parametrize(("start", "end", "races"), [(0, 8, 1), (24, 48, 1), (31, 63, 1), (32, 64, 0)])
+def test_a_second_dlpack_slot_over_the_same_bytes_counts(
+    async_sim: ModuleType, start: int, end: int, races: int
+) -> None:
+    arena = Arena()
+    arena.fill(slot := arena.slot(0, 32))
+    slot * 2
+    del slot
+    arena.fill(arena.slot(start, end))
+    assert async_sim.violations() == races
+
+
+def test_a_dlpack_slot_overwritten_after_its_reader_s_event_is_in_order(async_sim: ModuleType) -> None:
+    arena = Arena()
+    for start in (0, 16, 8):
+        arena.fill(slot := arena.slot(start, start + 32))
+        assert torch.equal((slot * 2).view(-1), (slot + slot))
+        arena.copies.wait_event(arena.compute.record_event())
+    assert async_sim.violation_messages() == []
+
+
+def test_an_arena_freed_while_a_dlpack_slot_of_it_is_read_counts(async_sim: ModuleType) -> None:
+    arena = Arena()
+    arena.fill(slot := arena.slot(0, 32))
+    with (other := torch.Stream("sim:0")):
+        other.wait_stream(arena.compute)
+        slot * 2
+    del slot
+    assert async_sim.violation_messages() == []
+    del arena.memory
+    assert async_sim.violations() == 1
+    assert async_sim.violation_messages()[0].startswith("free (write")
 
 
 def test_taking_a_view_is_not_a_read(async_sim: ModuleType) -> None:

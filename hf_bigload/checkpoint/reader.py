@@ -7,15 +7,18 @@ GIL. Where a filesystem refuses that, reads are buffered and the pages dropped b
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
 import errno
 import fcntl
+import functools
 import mmap
 import os
 import threading
+import time
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from queue import SimpleQueue
@@ -87,12 +90,12 @@ def layout(entries: Sequence[TensorEntry]) -> Layout:
     return Layout(filled, tuple(positions), tuple(extents))
 
 
-def page_buffer(nbytes: int) -> mmap.mmap:
+def page_buffer(nbytes: int, kind: type[mmap.mmap] = mmap.mmap) -> mmap.mmap:
     """A zeroed, page-aligned buffer of `nbytes` bytes (at least one page), private to this process.
 
     Private, because a mapping that a forked child shared with its parent would be read into by both.
     """
-    buffer = mmap.mmap(-1, nbytes or PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    buffer = kind(-1, nbytes or PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         # O_DIRECT pins every page it reads into: huge ones made reads 1.3 to 2.5 times as fast where this was measured
         with contextlib.suppress(OSError):
@@ -131,16 +134,25 @@ class Reader:
         return Reader, self._arguments
 
     @property
+    def threads(self) -> int:
+        return self._arguments[0]
+
+    @property
     def bytes_read(self) -> int:
-        """Bytes of extents delivered so far, slack not counted."""
+        """Bytes delivered so far: of extents, slack not counted, and what tasks say."""
         return self._pool.bytes_read
 
-    def read(self, extents: Sequence[Extent], buffer: Buffer) -> Future[int]:
+    def read(
+        self, extents: Sequence[Extent], buffer: Buffer, before: Callable[[], object] | None = None
+    ) -> Future[int]:
         """Start reading `extents` into `buffer`; the result is the number of bytes, the sum of their `nbytes`.
 
         `buffer` (writable, page-aligned, `Layout.nbytes` long: see `page_buffer`) must not be reused or read before
         the future is done. It is kept alive until then, and nothing is written to it afterwards, failed or not. The
         read cannot be cancelled.
+
+        `before` is called by each thread before it writes to the buffer, for every part of the read anew; what it
+        raises fails the read.
 
         The future fails with:
             MissingShardError: a file does not exist.
@@ -151,18 +163,31 @@ class Reader:
         Raises:
             ValueError: the buffer or an extent is not as described, or the reader is closed.
         """
-        _check_buffer(extents, buffer)
-        job = _Job(buffer, self._pool)
+        target = _Target(extents, buffer)
         with self._pool.lock:
-            if not self._stop.alive:
-                raise ValueError("read from a closed Reader")
+            self._check_open()
             try:
-                parts = [part for extent in extents for part in self._parts(job, extent)]
+                tasks = [part for extent in extents for part in self._parts(target, extent)]
             except OSError as error:
-                job.future.set_exception(error)
-            else:
-                self._pool.start(job, parts)
-        return job.future
+                return _failed(error)
+            return self._pool.start(_Job(self._pool, tasks, before, target))
+
+    def submit(self, tasks: Sequence[Callable[[], int]], before: Callable[[], object] | None = None) -> Future[int]:
+        """Start `tasks` on the threads that read; the result is the sum of theirs, a number of bytes.
+
+        The future is done once no thread works on any of them any more; the first error makes it fail, and tasks not
+        begun by then are left out. A forked child repeats all of them if one was unfinished. `before`: see `read`.
+
+        Raises:
+            ValueError: the reader is closed.
+        """
+        with self._pool.lock:
+            self._check_open()
+            return self._pool.start(_Job(self._pool, tasks, before))
+
+    def _check_open(self) -> None:
+        if not self._stop.alive:
+            raise ValueError("read from a closed Reader")
 
     @property
     def closed(self) -> bool:
@@ -193,32 +218,48 @@ class Reader:
         with self._pool.lock:
             self._file(path)
 
+    def is_cached(self, path: str, offset: int) -> bool:
+        """Whether the byte at `offset` lies in the page cache; False where the system does not tell."""
+        return self._opened(path).is_cached(offset)
+
+    def read_here(self, path: str, offset: int, view: memoryview, needed: int, cached: bool) -> None:
+        """Fill `view` on the calling thread (a task's, say) with at least the first `needed` bytes from `offset` on.
+
+        `offset` and `view` are whole pages. `cached`: through the page cache, which keeps what was read.
+
+        Raises:
+            see `read`.
+        """
+        self._opened(path).read(view, offset, needed, cached)
+
+    def announce(self, path: str, offset: int, nbytes: int) -> None:
+        """Have the system begin to bring these bytes into the page cache, for `read_here` to find them there."""
+        self._opened(path).announce(offset, nbytes)
+
+    def _opened(self, path: str) -> _File:
+        with self._pool.lock:
+            file = self._file(path)
+            assert file.cached  # made here: by two threads at once, there would be two
+        return file
+
     def _file(self, path: str) -> _File:
         if path not in self._files:
             self._files[path] = _File(path, self._stamps.get(path))
         return self._files[path]
 
-    def _parts(self, job: _Job, extent: Extent) -> Iterator[_Part]:
+    def _parts(self, target: _Target, extent: Extent) -> Iterator[_Part]:
         """Cut an extent into reads of whole pages."""
         file = self._file(extent.file)
         shift = extent.at - extent.offset
         for begin in range(extent.offset - extent.offset % PAGE, extent.end, self._chunk):
             end = min(begin + self._chunk, extent.end)
-            yield _Part(job, file, begin, end, begin + shift, end - max(begin, extent.offset))
+            yield _Part(target, file, begin, end, begin + shift, end - max(begin, extent.offset))
 
 
-def _check_buffer(extents: Sequence[Extent], buffer: Buffer) -> None:
-    with memoryview(buffer) as view:
-        size = view.nbytes
-        if view.readonly or not view.c_contiguous:
-            raise ValueError("the buffer must be writable and contiguous")
-    if extents and ctypes.addressof(ctypes.c_char.from_buffer(buffer)) % PAGE:
-        raise ValueError(f"the buffer must begin at a multiple of {PAGE} bytes: see page_buffer")
-    for extent in extents:
-        if extent.at % PAGE != extent.offset % PAGE:
-            raise ValueError(f"{extent} lies at another position in its page than in the file")
-        if _round_up(extent.at + extent.nbytes) > size:
-            raise ValueError(f"the buffer has {size} bytes; the pages of {extent} end after that")
+def _failed(error: BaseException) -> Future[int]:
+    future: Future[int] = Future()
+    future.set_exception(error)
+    return future
 
 
 class _File:
@@ -228,23 +269,44 @@ class _File:
         self.path = path
         self.expected = expected
         self.fd = _open(path, expected)
-        self.close = weakref.finalize(self, os.close, self.fd)
-        self.close.atexit = False  # a daemon thread may still be reading
+        self._close = weakref.finalize(self, os.close, self.fd)
+        self._close.atexit = False  # a daemon thread may still be reading
         self.size = os.fstat(self.fd).st_size
         self.direct = bool(_O_DIRECT) and _set_direct(self.fd, True)
 
-    def read(self, view: memoryview, offset: int, needed: int) -> None:
+    def close(self) -> None:
+        self._close()
+        if "cached" in self.__dict__:
+            self.cached.close()
+
+    @functools.cached_property
+    def cached(self) -> _Cached:
+        """The same open file, read through the page cache."""
+        return _Cached(self)
+
+    def is_cached(self, offset: int) -> bool:
+        try:
+            return os.preadv(self.cached.fd, [bytearray(1)], offset, os.RWF_NOWAIT) == 1
+        except (OSError, AttributeError):  # not there, or a system or filesystem that cannot tell
+            return False
+
+    def announce(self, offset: int, nbytes: int) -> None:
+        if hasattr(os, "posix_fadvise"):
+            with contextlib.suppress(OSError):  # advice
+                os.posix_fadvise(self.cached.fd, offset, nbytes, os.POSIX_FADV_WILLNEED)
+
+    def read(self, view: memoryview, offset: int, needed: int, cached: bool = False) -> None:
         """Fill `view` from `offset` on, with at least the first `needed` bytes: the rest may lie behind the end."""
         got = 0
         while got < needed:
             with view[got:] as rest:
-                count = self._preadv(rest, offset + got)
+                count = os.preadv(self.cached.fd, [rest], offset + got) if cached else self._preadv(rest, offset + got)
             if count == 0:
                 raise self._short(offset, needed, got)
             got += count
         if self.expected is not None:
             check_stamp(self.expected, os.fstat(self.fd))
-        if not self.direct and hasattr(os, "posix_fadvise"):
+        if not (cached or self.direct) and hasattr(os, "posix_fadvise"):
             with contextlib.suppress(OSError):  # advice
                 os.posix_fadvise(self.fd, offset, got, os.POSIX_FADV_DONTNEED)
 
@@ -273,6 +335,19 @@ class _File:
         )
 
 
+class _Cached:
+    """A second descriptor of a file, without O_DIRECT, which is a property of the first."""
+
+    def __init__(self, file: _File) -> None:
+        try:
+            fd = os.open(f"/proc/self/fd/{file.fd}", os.O_RDONLY)
+        except OSError:  # no /proc, or a file that only its opener may read
+            fd = os.dup(file.fd)
+        self.fd = fd
+        self.close = weakref.finalize(self, os.close, fd)
+        self.close.atexit = False
+
+
 def _open(path: str, expected: FileStamp | None) -> int:
     try:
         fd = os.open(path, os.O_RDONLY)
@@ -299,59 +374,98 @@ def _set_direct(fd: int, direct: bool) -> bool:
     return True
 
 
-class _Job:
-    """One call of `Reader.read`. Its future is done once no thread works on any part of it any more."""
+class _Target:
+    """The buffer of one read, let go of when that is done, whoever still refers to its parts (a traceback does)."""
 
-    def __init__(self, buffer: Buffer, pool: _Pool) -> None:
+    __slots__ = ("buffer", "view")
+
+    def __init__(self, extents: Sequence[Extent], buffer: Buffer) -> None:
+        view = memoryview(buffer)
+        if view.readonly or not view.c_contiguous:
+            raise ValueError("the buffer must be writable and contiguous")
+        if extents and ctypes.addressof(ctypes.c_char.from_buffer(buffer)) % PAGE:
+            raise ValueError(f"the buffer must begin at a multiple of {PAGE} bytes: see page_buffer")
+        for extent in extents:
+            if extent.at % PAGE != extent.offset % PAGE:
+                raise ValueError(f"{extent} lies at another position in its page than in the file")
+            if _round_up(extent.at + extent.nbytes) > view.nbytes:
+                raise ValueError(f"the buffer has {view.nbytes} bytes; the pages of {extent} end after that")
         self.buffer: Buffer | None = buffer
-        self.pool = pool
-        self.future: Future[int] = Future()
-        self.future.set_running_or_notify_cancel()
-        self.error: BaseException | None = None
+        view.release()
 
-    def begin(self, parts: Sequence[_Part]) -> None:
-        self.parts = parts
-        self.unfinished = len(parts)
-        self.lock = threading.Lock()
+    def open(self) -> None:
+        assert self.buffer is not None, "the read is done"
+        self.view = memoryview(self.buffer).cast("B")
 
-    def finish_one(self, error: BaseException | None) -> None:
-        with self.lock:
-            self.error = self.error or error
-            self.unfinished -= 1
-            if self.unfinished:
-                return
-        self.pool.finish(self)
-        # The parts and the error's traceback refer back to this job: neither may keep the buffer alive.
-        self.buffer, self.parts, self.error = None, (), None
+    def close(self) -> None:
+        self.view.release()
 
 
-@dataclass(frozen=True)
 class _Part:
     """One read: the bytes [begin, end) of a file to position `at`; `wanted` of them are an extent's."""
 
-    job: _Job
-    file: _File
-    begin: int
-    end: int
-    at: int
-    wanted: int
+    __slots__ = ("at", "begin", "end", "file", "target", "wanted")
 
-    def run(self) -> None:
+    def __init__(self, target: _Target, file: _File, begin: int, end: int, at: int, wanted: int) -> None:
+        self.target, self.file, self.begin, self.end, self.at, self.wanted = target, file, begin, end, at, wanted
+
+    def __call__(self) -> int:
+        pages = _round_up(self.end) - self.begin
+        # Released at once: the owner of the buffer may close it as soon as the future is done.
+        with self.target.view[self.at : self.at + pages] as view:
+            self.file.read(view, self.begin, self.end - self.begin)
+        return self.wanted
+
+
+class _Job:
+    """What one future stands for. It is done once no thread works on any task any more."""
+
+    __slots__ = ("before", "error", "future", "lock", "pool", "target", "tasks", "total", "unfinished")
+
+    def __init__(
+        self,
+        pool: _Pool,
+        tasks: Sequence[Callable[[], int]],
+        before: Callable[[], object] | None = None,
+        target: _Target | None = None,
+    ) -> None:
+        self.pool, self.tasks, self.before, self.target = pool, tasks, before, target
+        self.future: Future[int] = Future()
+        self.future.set_running_or_notify_cancel()
+        self.error: BaseException | None = None
+        self.begin()
+
+    def begin(self) -> None:
+        self.total, self.unfinished = 0, len(self.tasks)
+        self.lock = threading.Lock()
+        if self.target is not None:
+            self.target.open()
+
+    def run(self, task: Callable[[], int]) -> None:
+        nbytes, failure = 0, None
         try:
-            if self.job.error is None:
-                self._read()
+            if self.error is None:
+                if self.before is not None:
+                    self.before()
+                nbytes = task()
         except BaseException as error:  # noqa: BLE001 - it belongs to whoever waits for the future
-            self.job.finish_one(error)
-        else:
-            self.job.finish_one(None)
+            failure = error
+        with self.lock:
+            self.total += nbytes
+            self.error = self.error or failure
+            self.unfinished -= 1
+            last = not self.unfinished
+        if last:
+            self.finish()
 
-    def _read(self) -> None:
-        assert self.job.buffer is not None, "the job is done"
-        # Views are released at once: the owner of the buffer may close it as soon as the future is done.
-        with memoryview(self.job.buffer) as whole, whole.cast("B") as flat:
-            pages = _round_up(self.end) - self.begin
-            with flat[self.at : self.at + pages] as view:
-                self.file.read(view, self.begin, self.end - self.begin)
+    def finish(self) -> None:
+        if self.target is not None:
+            self.target.close()
+        self.pool.finish(self)
+        # A traceback refers back to this job and its tasks: neither may keep the buffer alive.
+        self.tasks, self.before, self.error = (), None, None
+        if self.target is not None:
+            self.target.buffer = None
 
 
 class _Pool:
@@ -366,32 +480,33 @@ class _Pool:
 
     def _reset(self) -> None:
         self.lock = threading.Lock()
-        self.queue: SimpleQueue[_Part | None] = SimpleQueue()
+        self.queue: SimpleQueue[tuple[_Job, Callable[[], int]] | None] = SimpleQueue()
         self.threads: list[threading.Thread] = []
 
-    def start(self, job: _Job, parts: Sequence[_Part]) -> None:
+    def start(self, job: _Job) -> Future[int]:
         """Queue a job. The caller holds the lock."""
-        job.begin(parts)
-        if not parts:
-            job.future.set_result(0)
-            return
+        future = job.future
+        if not job.tasks:
+            future.set_result(0)
+            return future
         self.jobs.add(job)
         self._start_threads()
-        for part in parts:
-            self.queue.put(part)
+        for task in job.tasks:
+            self.queue.put((job, task))
+        return future
 
     def _start_threads(self) -> None:
         while len(self.threads) < self.size:
             thread = threading.Thread(target=_work, args=(self.queue,), name="hf_bigload-reader", daemon=True)
             self.threads.append(thread)
+            _THREADS.add(thread)
             thread.start()
 
     def finish(self, job: _Job) -> None:
         if job.error is None:
-            total = sum(part.wanted for part in job.parts)
             with self.lock:
-                self.bytes_read += total
-            job.future.set_result(total)
+                self.bytes_read += job.total
+            job.future.set_result(job.total)
         else:
             job.future.set_exception(job.error)
         self.jobs.discard(job)  # last: what a fork finds here is begun again in the child
@@ -401,21 +516,45 @@ class _Pool:
         for _ in self.threads:
             self.queue.put(None)
 
+    def end(self) -> None:
+        """Let the threads end; whatever is read afterwards begins new ones."""
+        with self.lock:
+            self.stop()
+            self.threads = []
+
     def after_fork(self) -> None:
         """In a child, where no thread lives on: begin again what was under way, on the child's copy of the buffers."""
         self._reset()
         unfinished = [job for job in self.jobs if not job.future.done()]
         self.jobs.clear()
         for job in unfinished:
-            self.start(job, job.parts)
+            job.begin()
+            self.start(job)
 
 
-def _work(queue: SimpleQueue[_Part | None]) -> None:
-    while (part := queue.get()) is not None:
-        part.run()
+def _work(queue: SimpleQueue[tuple[_Job, Callable[[], int]] | None]) -> None:
+    while (item := queue.get()) is not None:
+        job, task = item
+        job.run(task)
+        del item, job, task  # while this thread waits, it keeps nothing alive
 
 
 _POOLS: weakref.WeakSet[_Pool] = weakref.WeakSet()
+_THREADS: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
+
+_AT_EXIT_SECONDS = 5.0
+
+
+def _at_exit() -> None:
+    """A thread that ran torch must not be ending when the interpreter does: that would abort the process."""
+    for pool in list(_POOLS):
+        pool.end()
+    deadline = time.monotonic() + _AT_EXIT_SECONDS  # one that hangs on a disk is left to its fate
+    for thread in list(_THREADS):
+        thread.join(max(0.0, deadline - time.monotonic()))
+
+
+atexit.register(_at_exit)
 
 
 def _after_fork() -> None:

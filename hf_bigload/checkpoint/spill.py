@@ -3,7 +3,8 @@
     <offload folder, or ~/.cache/hf_bigload/spill>/hf_bigload-<host>-<process>-<random>/weights.spill
 
 Each `SpillFolder` has a subfolder of its own, so that nothing of the user's and nothing of another model is ever
-overwritten, and removes it when it goes. What a killed process left behind, the next one removes.
+overwritten, and removes it when it goes. What a killed process left behind, the next one removes. Copies that later
+loads can use again go to the managed cache instead, see `spill_cache`.
 """
 
 from __future__ import annotations
@@ -43,36 +44,23 @@ def cache_root() -> str:
     return os.environ.get(CACHE_ENV) or os.path.expanduser(DEFAULT_CACHE)
 
 
-class SpillFolder:
-    """A file on disk that tensors are appended to, below `folder` if given, else below `cache_root()`.
+class SpillFile:
+    """A file in the folder `path` that tensors are appended to, each in pages of its own.
 
-    The file is removed when this object is collected, at `close()`, or at exit: keep it as long as its entries are
-    used. Safe to use from several threads; a forked child may read what was written, and needs a folder of its own to
-    write.
-
-    Raises:
-        SpillError: the folder cannot be made or written to.
+    `close` (a finalizer, which the subclass sets) ends its use and removes what is not to stay. Safe to use from
+    several threads; a forked child may read what was written, and needs a file of its own to write.
     """
 
-    def __init__(self, folder: str | os.PathLike[str] | None = None) -> None:
-        parent = os.path.abspath(folder or os.path.join(cache_root(), "spill"))
-        try:
-            os.makedirs(parent, exist_ok=True)
-            _remove_stale(parent)
-            self.path = tempfile.mkdtemp(prefix=f"hf_bigload-{socket.gethostname()}-{os.getpid()}-", dir=parent)
-            self._file = os.path.join(self.path, SPILL_NAME)
-            self._fd = os.open(self._file, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
-            held = _hold(self.path)
-        except OSError as error:
-            raise SpillError(
-                f"{parent} cannot take offloaded weights: {error.strerror}. Name a folder that you may write to, on a "
-                "disk with room for them: offload_folder=..."
-            ) from error
+    close: weakref.finalize[..., SpillFile]
+
+    def __init__(self, path: str, name: str = SPILL_NAME) -> None:
+        self.path = path
+        self._file = os.path.join(path, name)
+        self._fd = os.open(self._file, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
         self._end = 0
         self._length = 0
         self._lock = threading.Lock()
         self._owner = os.getpid()
-        self.close = weakref.finalize(self, _close, self.path, (self._fd, held), self._owner)
 
     @property
     def nbytes(self) -> int:
@@ -83,7 +71,7 @@ class SpillFolder:
         """Check that `nbytes` more bytes would fit now; nothing is set aside. `name` says of what, for the error.
 
         Raises:
-            SpillError: they would not, or the folder is gone.
+            SpillError: they would not, or the file is gone.
         """
         self._check_usable(name)
         if nbytes > self._free_bytes():
@@ -152,6 +140,32 @@ class SpillFolder:
             f"({human_bytes(free)}) are free: {reason}. Free some space, name a folder on a larger disk with "
             "offload_folder=..., or load in the checkpoint's own dtype or a smaller one."
         )
+
+
+class SpillFolder(SpillFile):
+    """A file on disk that tensors are appended to, below `folder` if given, else below `cache_root()`.
+
+    The file is removed when this object is collected, at `close()`, or at exit: keep it as long as its entries are
+    used.
+
+    Raises:
+        SpillError: the folder cannot be made or written to.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str] | None = None) -> None:
+        parent = os.path.abspath(folder or os.path.join(cache_root(), "spill"))
+        try:
+            os.makedirs(parent, exist_ok=True)
+            _remove_stale(parent)
+            path = tempfile.mkdtemp(prefix=f"hf_bigload-{socket.gethostname()}-{os.getpid()}-", dir=parent)
+            super().__init__(path)
+            held = _hold(path)
+        except OSError as error:
+            raise SpillError(
+                f"{parent} cannot take offloaded weights: {error.strerror}. Name a folder that you may write to, on a "
+                "disk with room for them: offload_folder=..."
+            ) from error
+        self.close = weakref.finalize(self, _close, path, (self._fd, held), self._owner)
 
 
 def _bytes_of(tensor: torch.Tensor, name: str) -> memoryview:

@@ -17,9 +17,11 @@ from ..errors import DoesNotFitError, human_bytes
 from ..hardware import free_by_accelerator, free_ram, torch_device
 from ..module_tensors import as_device, iter_hooks
 from ..specs import CPU, DISK, Plan
+from .compiling import compile_apart, compile_together, compiled_inside
 from .executor import CPU_DEVICE, Executor, Scope, Stats, unwatch, watch
-from .hooks import Forward, ModelHook, SequentialHook, add_hook_to_module, remove_hook_from_module, untraced
+from .hooks import Forward, ModelHook, SequentialHook, add_hook_to_module, remove_hook_from_module
 from .moving import find_device, send_to_device
+from .prefetch import Recipe
 
 ATTRIBUTE = "_hf_bigload"
 """Where a dispatched model keeps its `Attachment`."""
@@ -97,8 +99,11 @@ class AlignDevicesHook(ModelHook):
         offload: bool = False,
         io_same_device: bool = True,
         returns_to: torch.device | None = None,
+        name: str = "",
     ) -> None:
-        self.executor, self.device = executor, device
+        self.executor, self.device, self.name = executor, device, name
+        self.recipe: Recipe | None = None
+        self._module: weakref.ref[nn.Module] | None = None
         self.whole = whole
         """True: leases everything below the module. False: only its own tensors. None: leases nothing."""
         self.at_home, self.moves, self.offload = at_home, moves, offload
@@ -124,7 +129,7 @@ class AlignDevicesHook(ModelHook):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> AlignDevicesHook:
         copied = memo[id(self)] = type(self).__new__(type(self))
-        copied.__dict__.update(self.__dict__, executor=copy.deepcopy(self.executor, memo))
+        copied.__dict__.update(self.__dict__, executor=copy.deepcopy(self.executor, memo), recipe=None)
         return copied
 
     def init_hook(self, module: nn.Module) -> nn.Module:
@@ -146,14 +151,18 @@ class AlignDevicesHook(ModelHook):
     def _owners(self, module: nn.Module) -> Iterable[nn.Module]:
         return module.modules() if self.whole else (module,)
 
-    @untraced
+    @compiled_inside
     def run(self, module: nn.Module, forward: Forward, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         if self.executor is None:
             return forward(*args, **kwargs)
         outputs_to = self._outputs_to(args, kwargs)
-        scope = Scope(self.executor, self.runs_on, lasting=not self.whole and bool(module._modules))
+        scope = Scope(self.executor, self.runs_on, self._lasts(module), self.name)
+        prefetcher = self.executor.prefetcher if self._is_stop(module) else None
         try:
-            scope.enter(self._weights(module), self.at_home)
+            ahead = None if prefetcher is None else prefetcher.enter(self)
+            scope.enter(self._weights(module), self.at_home, ahead)
+            if prefetcher is not None and ahead is None:  # else all went out when the last block was left
+                prefetcher.go_on()
             if self.moves:
                 args = send_to_device(args, self.runs_on)
                 kwargs = send_to_device(kwargs, self.runs_on, skip_keys=self.skip_keys)
@@ -162,13 +171,35 @@ class AlignDevicesHook(ModelHook):
                 kwargs = {name: self._here(arg) for name, arg in kwargs.items()}
             with scope.guard():
                 output = scope.keep(forward(*args, **kwargs))
+        except BaseException:
+            self.executor.prefetcher.forget()
+            raise
         finally:
             try:
                 scope.leave()
             except BaseException:
                 scope.leave()  # what interrupted the release must not prevent it
                 raise
+        if prefetcher is not None:
+            prefetcher.go_on()
         return output if outputs_to is None else send_to_device(output, outputs_to, skip_keys=self.skip_keys)
+
+    def _lasts(self, module: nn.Module) -> bool:
+        """Whether other blocks come and go while this one is entered."""
+        return not self.whole and bool(module._modules)
+
+    def _is_stop(self, module: nn.Module) -> bool:
+        """Whether this is one of the blocks whose weights are sent ahead."""
+        if not self.offload or self._lasts(module):
+            return False
+        if self._module is None or self._module() is not module:  # a copy
+            self._module = weakref.ref(module)
+        return True
+
+    def weights(self) -> list[torch.Tensor]:
+        """What a call of the module would lease now."""
+        module = None if self._module is None else self._module()
+        return [] if module is None else self._weights(module)
 
     def _here(self, argument: Any) -> Any:
         """A device that the caller names as its own, for tensors to be made on, is here where the weights rest."""
@@ -229,7 +260,7 @@ def attach(
     hook = functools.partial(AlignDevicesHook, executor, moves=moves, skip_keys=skip_keys)
     executor.name_of = functools.partial(_name_in, weakref.ref(model))
     devices = _devices(model, plan)
-    _hook_blocks(model, plan, hook, devices if moves else {})
+    _hook_blocks(model, plan, executor, hook, devices if moves else {})
     if moves:
         _hook_containers(model, plan, hook, devices)
     setattr(model, ATTRIBUTE, Attachment(plan, executor, keep_alive))
@@ -258,11 +289,15 @@ def _caller(path: str, devices: Mapping[str, torch.device]) -> torch.device | No
     return None
 
 
-def _hook_blocks(model: nn.Module, plan: Plan, hook: Any, devices: Mapping[str, torch.device]) -> None:
+def _hook_blocks(
+    model: nn.Module, plan: Plan, executor: Executor, hook: Any, devices: Mapping[str, torch.device]
+) -> None:
     streamed = {t.name for p in plan.placements for t in p.block.tensors if p.home_of(t.name) != p.device}
+    stops = []
     for placement in plan.placements:
         leases = bool(placement.streamed_bytes) or any(name in streamed for name in placement.block.borrows)
         if not (devices or leases or placement.at_home):
+            compile_apart(model.get_submodule(placement.block.name))
             continue
         block_hook = hook(
             device=torch_device(placement.device),
@@ -271,8 +306,13 @@ def _hook_blocks(model: nn.Module, plan: Plan, hook: Any, devices: Mapping[str, 
             offload=leases,
             io_same_device=not placement.block.name,
             returns_to=_caller(placement.block.name, devices),
+            name=placement.block.name,
         )
-        add_hook_to_module(model.get_submodule(placement.block.name), block_hook, append=True)
+        module = model.get_submodule(placement.block.name)
+        add_hook_to_module(module, block_hook, append=True)
+        if block_hook._is_stop(module):
+            stops.append(block_hook)
+    executor.prefetcher.expect(stops)
 
 
 def _hook_containers(model: nn.Module, plan: Plan, hook: Any, devices: Mapping[str, torch.device]) -> None:
@@ -397,10 +437,11 @@ def detach(model: nn.Module) -> None:
     for module in model.modules():
         _remove_ours(module)
         unwatch(module)
+        compile_together(module)
     _unguard(model)
     del model.__dict__[ATTRIBUTE]
     attachment.executor.forget()
-    attachment.executor.machine.close()
+    attachment.executor.close()
 
 
 def _remove_ours(module: nn.Module) -> None:

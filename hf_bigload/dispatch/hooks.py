@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import itertools
 import re
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from typing import Any, TypeVar
@@ -19,6 +18,7 @@ from torch import fx, nn
 
 from ..hardware import main_accelerator
 from ..module_tensors import as_device, give_back_unused_memory
+from .compiling import skipped, untraced
 from .moving import send_to_device
 
 Forward = Callable[..., Any]
@@ -41,25 +41,6 @@ GUARDED_METHODS = (
     *("half", "float", "double", "bfloat16"),
 )
 """Methods that a dispatch may replace on the instance, and that removing its hook gives back."""
-
-
-def untraced(function: Forward) -> Forward:
-    """`function`, left alone by `torch.compile`, which breaks its graph there.
-
-    The compiler takes seconds to import: a process that never compiles never imports it.
-    """
-    disabled: Forward | None = None
-
-    @functools.wraps(function)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        nonlocal disabled
-        if disabled is None:
-            if "torch._dynamo" not in sys.modules:
-                return function(*args, **kwargs)
-            disabled = torch.compiler.disable(function)
-        return disabled(*args, **kwargs)
-
-    return call
 
 
 class ModelHook:
@@ -274,10 +255,12 @@ def attach_layerwise_casting_hooks(
         add_hook_to_module(layer, LayerwiseCastingHook(storage_dtype, compute_dtype, non_blocking), append=True)
 
 
+@skipped
 def _hooked_forward(module: Any, /, *args: Any, **kwargs: Any) -> Any:
     return _call_through(module._hf_hook, module, module._old_forward, *args, **kwargs)
 
 
+@skipped
 def _call_through(hook: ModelHook, module: nn.Module, forward: Forward, /, *args: Any, **kwargs: Any) -> Any:
     """`forward` inside `hook`, which may be another library's: those have the steps, and no `run`."""
     if hasattr(hook, "run"):

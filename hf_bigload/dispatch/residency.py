@@ -6,120 +6,78 @@ truth. What is remembered beside it (where in a file the bytes lie) only counts 
 
 from __future__ import annotations
 
-import threading
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from collections.abc import Sequence
+from functools import partial
+from typing import NamedTuple
 
 import torch
 
 from ..checkpoint.mapping import dirty_pages
-from ..checkpoint.reader import Reader, layout
+from ..checkpoint.reader import layout
 from ..specs import TensorEntry
-from .ring import DEVICE_ALIGNMENT, Ring, Slot, span_bytes
+from .machine import CPU_DEVICE, Load, Machine
+from .ring import DeviceSlot, HostSlot, Ring, Slot, address_of, span_bytes
+from .transfer import Packing, Transfer, then
 
-CPU_DEVICE = torch.device("cpu")
-
-
-@dataclass
-class Stats:
-    """What a dispatched model has moved so far, in bytes, and how often a block's weights had to come."""
-
-    bytes_read: int = 0
-    """From disk."""
-    bytes_copied: int = 0
-    """Between host and devices."""
-    fetches: int = 0
-    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
-
-    def add(self, bytes_read: int = 0, bytes_copied: int = 0, fetches: int = 0) -> None:
-        with self._lock:
-            self.bytes_read += bytes_read
-            self.bytes_copied += bytes_copied
-            self.fetches += fetches
+COPIED_AT_ONCE = 256 * 1024
+"""Bytes that are copied out of pageable memory sooner than another thread can be asked to."""
 
 
-class Machine:
-    """What residencies move bytes with: a reader for the files, a ring for each device, and the counters.
+State = tuple[int, int, torch.dtype, torch.Size, tuple[int, ...]]
+"""What shows that a tensor was replaced, moved or written to: its address, version, dtype, shape and strides."""
 
-    `ring_bytes` are the limits of the rings; a device that is not among them has one that keeps a single slot.
-    """
 
-    def __init__(self, reader: Reader, ring_bytes: Mapping[torch.device, int]) -> None:
-        self.reader = reader
-        self.stats = Stats()
-        self.rings: dict[torch.device, Ring] = {}
-        self._ring_bytes = dict(ring_bytes)
+def state_of(tensor: torch.Tensor) -> State:
+    try:
+        return tensor.data_ptr(), tensor._version, tensor.dtype, tensor.shape, tensor.stride()
+    except (RuntimeError, NotImplementedError):
+        return address_of(tensor), version_of(tensor), tensor.dtype, tensor.shape, tensor.stride()
 
-    def ring(self, device: torch.device) -> Ring:
-        return self.rings.get(device) or self.rings.setdefault(device, Ring(device, self._ring_bytes.get(device, 0)))
 
-    @cached_property
-    def aside(self) -> Machine:
-        """The same with slots of their own, for what comes while blocks use the rings: saved weights, in backward."""
-        aside = Machine(self.reader, {})
-        aside.stats = self.stats
-        return aside
-
-    def close(self) -> None:
-        for ring in (*self.rings.values(), *self.aside.rings.values()):
-            ring.close()
-        self.reader.close()
-
-    def after_fork(self) -> None:
-        for ring in (*self.rings.values(), *self.aside.rings.values()):
-            ring.after_fork()
-
-    def __deepcopy__(self, memo: dict[int, object]) -> Machine:
-        copied = memo[id(self)] = Machine(Reader(), self._ring_bytes)
-        return copied
+def version_of(tensor: torch.Tensor) -> int:
+    """How often a tensor was written to in place; 0 for one made in inference mode, which does not count."""
+    try:
+        return tensor._version
+    except RuntimeError:
+        return 0
 
 
 class Residency(ABC):
     """One weight at rest."""
 
     home: torch.Tensor
+    state: State
+    """The weight's, when this was made."""
 
     streams: bool
     """Whether the weight has to be brought even to the device that its home is on."""
 
-    @abstractmethod
+    keeps: bool
+    """Whether every change of what rests there can be noticed later."""
+
     def is_current(self, tensor: torch.Tensor) -> bool:
         """Whether `tensor` still is what this remembers: not replaced, not written."""
+        return self.state == state_of(tensor)
 
     @classmethod
     @abstractmethod
-    def bring(
-        cls, group: Sequence[Residency], device: torch.device, machine: Machine, lasting: bool = False
-    ) -> tuple[list[torch.Tensor], list[Slot]]:
-        """Copies of `group` on `device`, in order, and the slots that hold them (to be given back by the caller).
-
-        Each copy has the dtype, shape and strides of its home. For `lasting`, see `Ring.take`.
-        """
+    def load(cls, group: Sequence[Residency], device: torch.device) -> Load:
+        """`group`, packed to come to `device`: copies with the dtypes, shapes and strides of their homes."""
 
 
 class MemoryResident(Residency):
     """In the memory of some device or the host: `home` itself is what is copied."""
 
     streams = False
+    keeps = False  # a write through `.data` leaves no trace
 
-    def __init__(self, home: torch.Tensor) -> None:
-        self.home = home
-
-    def is_current(self, tensor: torch.Tensor) -> bool:
-        return True  # the tensor's own data is the home, whatever was written to it
+    def __init__(self, home: torch.Tensor, state: State) -> None:
+        self.home, self.state = home, state
 
     @classmethod
-    def bring(
-        cls, group: Sequence[Residency], device: torch.device, machine: Machine, lasting: bool = False
-    ) -> tuple[list[torch.Tensor], list[Slot]]:
-        homes = [residency.home for residency in group]
-        positions, total = _packed(homes)
-        with machine.ring(device).taken(total, lasting) as slot:
-            arrived = [_copy_into(slot, at, home) for at, home in zip(positions, homes, strict=True)]
-        machine.stats.add(bytes_copied=sum(map(span_bytes, homes)))
-        return arrived, [slot]
+    def load(cls, group: Sequence[Residency], device: torch.device) -> Load:
+        return _FromMemory([residency.home for residency in group], device)
 
 
 class HostResident(MemoryResident):
@@ -134,81 +92,152 @@ class DiskResident(Residency):
     """In a file: `entry` says where. `home` is a private mapping of the same bytes, for whoever reads it directly."""
 
     streams = True
+    keeps = True  # pages of the mapping that were written can be told
 
     def __init__(self, entry: TensorEntry, home: torch.Tensor, tensor: torch.Tensor) -> None:
         self.entry, self.home = entry, home
-        self._looks, self._version = _looks(home), version_of(tensor)
+        address, _version, *look = state_of(home)
+        self.state = (address, version_of(tensor), *look)  # type: ignore[assignment]
 
     def is_current(self, tensor: torch.Tensor) -> bool:
-        untouched = _looks(tensor) == self._looks and version_of(tensor) == self._version
-        return untouched and dirty_pages(self.home) is False  # None: nobody can tell, so the mapping is the truth
+        # None: nobody can tell, so the mapping is the truth
+        return super().is_current(tensor) and dirty_pages(self.home) is False
 
     @classmethod
-    def bring(
-        cls, group: Sequence[Residency], device: torch.device, machine: Machine, lasting: bool = False
-    ) -> tuple[list[torch.Tensor], list[Slot]]:
-        entries = [r.entry for r in group if isinstance(r, DiskResident)]
-        if device.type == "cpu":
-            arrived, slot = _read(entries, machine, lasting)
-            return arrived, [slot]
-        staged, slot = _read(entries, machine)
-        try:
-            return HostResident.bring([HostResident(t) for t in staged], device, machine, lasting)
-        finally:  # the copies out of the slot are complete: its pages are not pinned
-            del staged
-            machine.ring(CPU_DEVICE).give(slot)
+    def load(cls, group: Sequence[Residency], device: torch.device) -> Load:
+        entries = [residency.entry for residency in group if isinstance(residency, DiskResident)]
+        return _FromFiles(entries) if device.type == "cpu" else _ThroughTheHost(entries)
 
 
 def resting(tensor: torch.Tensor) -> MemoryResident:
     """The residency of a tensor about which nothing more is known than that it is in memory."""
-    return HostResident(tensor.data) if tensor.device.type == "cpu" else DeviceResident(tensor.data)
+    kind = HostResident if tensor.device.type == "cpu" else DeviceResident
+    return kind(tensor.data, state_of(tensor))
 
 
-def version_of(tensor: torch.Tensor) -> int:
-    """How often a tensor was written to in place; 0 for one made in inference mode, which does not count."""
-    try:
-        return tensor._version
-    except RuntimeError:
-        return 0
+# ---------------------------------------------------------------- loads
 
 
-def _looks(tensor: torch.Tensor) -> tuple[int, torch.dtype, torch.Size, tuple[int, ...]]:
-    return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
+class Look(NamedTuple):
+    """What a weight looks like where it arrived: `position` in bytes of the slot."""
+
+    position: int
+    dtype: torch.dtype
+    shape: torch.Size | tuple[int, ...]
+    stride: tuple[int, ...]
+    nbytes: int
 
 
-def _read(entries: Sequence[TensorEntry], machine: Machine, lasting: bool = False) -> tuple[list[torch.Tensor], Slot]:
-    plan = layout(entries)
-    ring = machine.ring(CPU_DEVICE)
-    with ring.taken(plan.nbytes, lasting) as slot:
-        reading = machine.reader.read(plan.extents, slot.buffer)  # type: ignore[attr-defined]
-        try:
-            machine.stats.add(bytes_read=reading.result())
-        finally:
-            if not reading.done():  # interrupted: what is under way goes on writing into these bytes
-                ring.lose(slot)
-        return [_staged(slot, at, entry) for at, entry in zip(plan.positions, entries, strict=True)], slot
+class _FromMemory:
+    """Copies of tensors in memory, packed in one slot."""
+
+    staged = 0
+
+    def __init__(self, homes: Sequence[torch.Tensor], device: torch.device) -> None:
+        storages = [home.untyped_storage().data_ptr() for home in homes]
+        spans = [span_bytes(home) for home in homes]
+        packing = Packing.of(list(zip(storages, map(address_of, homes), spans, strict=True)))
+        self.device, self.nbytes, self.copied = device, packing.nbytes, sum(spans)
+        self.looks = [
+            Look(at, home.dtype, home.shape, home.stride(), span)
+            for at, home, span in zip(packing.positions, homes, spans, strict=True)
+        ]
+        self.pieces = [(_bytes_of(homes[run.first], run.nbytes), run.position) for run in packing.runs]
+        pageable = any(piece.device.type == "cpu" and not piece.is_pinned() for piece, _ in self.pieces)
+        self.waits = pageable and self.nbytes > COPIED_AT_ONCE
+        """The driver copies through memory of its own, and whoever asks it has to wait for that."""
+
+    def start(self, machine: Machine, ring: Ring, slot: Slot, stage: Slot | None) -> Transfer:
+        transfer = Transfer(ring, slot, [slot.view(*look) for look in self.looks], bytes_copied=self.copied)
+        if isinstance(slot, DeviceSlot):
+            issue = partial(_issue, slot, self.pieces, machine.copy_stream(self.device))
+            if self.waits:
+                transfer.begin(partial(machine.reader.submit, [issue]))
+            else:
+                transfer.do(issue)
+            return transfer
+        for piece, position in self.pieces:
+            slot.view(position, torch.uint8, piece.shape, (1,), piece.numel()).copy_(piece)
+        return transfer
 
 
-def _staged(slot: Slot, position: int, entry: TensorEntry) -> torch.Tensor:
-    dtype = getattr(torch, entry.dtype)
-    if entry.stride is None:
-        return slot.view(position, dtype, entry.shape, entry.nbytes)
-    flat = slot.view(position, dtype, (entry.nbytes // dtype.itemsize,), entry.nbytes)
-    return flat.as_strided(entry.shape, entry.stride)
+class _FromFiles:
+    """Ranges of files, read into one slot of the host's ring, to be computed from there."""
+
+    staged = 0
+
+    def __init__(self, entries: Sequence[TensorEntry]) -> None:
+        self.layout = layout(entries)
+        self.nbytes = self.layout.nbytes
+        self.read = sum(extent.nbytes for extent in self.layout.extents)
+        self.looks = _looks(self.layout.positions, entries)
+
+    def start(self, machine: Machine, ring: Ring, slot: Slot, stage: Slot | None) -> Transfer:
+        assert isinstance(slot, HostSlot)
+        transfer = Transfer(ring, slot, [slot.view(*look) for look in self.looks], bytes_read=self.read)
+        before = slot.wait_for_copies if slot.events else None
+        transfer.begin(partial(machine.reader.read, self.layout.extents, slot.buffer, before))
+        return transfer
 
 
-def _packed(tensors: Sequence[torch.Tensor]) -> tuple[list[int], int]:
-    """Where each tensor starts in one slot, as an allocator would align it, and the bytes of all."""
-    positions, at = [], 0
-    for tensor in tensors:
-        positions.append(at)
-        at += -(-span_bytes(tensor) // DEVICE_ALIGNMENT) * DEVICE_ALIGNMENT
-    return positions, at
+class _ThroughTheHost:
+    """Ranges of files, read into a slot of the host's ring, and copied from there to one on a device."""
+
+    def __init__(self, entries: Sequence[TensorEntry]) -> None:
+        self.layout = layout(entries)
+        self.staged = self.layout.nbytes
+        sizes = [entry.nbytes for entry in entries]
+        packing = Packing.of([(0, at, size) for at, size in zip(self.layout.positions, sizes, strict=True)])
+        self.nbytes, self.copied = packing.nbytes, sum(sizes)
+        self.read = sum(extent.nbytes for extent in self.layout.extents)
+        self.looks = _looks(packing.positions, entries)
+        self.runs = [(self.layout.positions[run.first], run) for run in packing.runs]
+
+    def start(self, machine: Machine, ring: Ring, slot: Slot, stage: Slot | None) -> Transfer:
+        assert isinstance(slot, DeviceSlot) and isinstance(stage, HostSlot)
+        staging, stream = machine.ring(CPU_DEVICE), machine.copy_stream(slot.device)
+        tensors = [slot.view(*look) for look in self.looks]
+        transfer = Transfer(ring, slot, tensors, bytes_read=self.read, bytes_copied=self.copied)
+        pieces = [(stage.view(at, torch.uint8, (run.nbytes,), (1,), run.nbytes), run.position) for at, run in self.runs]
+        stage.is_written = True
+
+        def copy() -> None:
+            _issue(slot, pieces, stream)
+            stage.used(slot.filled_by)
+
+        def give_back() -> None:
+            pieces.clear()
+            stage.is_written = False
+            staging.give(stage)
+
+        before = stage.wait_for_copies if stage.events else None
+        read = partial(machine.reader.read, self.layout.extents, stage.buffer, before)
+        transfer.begin(lambda: then(read(), copy, give_back))
+        return transfer
 
 
-def _copy_into(slot: Slot, position: int, home: torch.Tensor) -> torch.Tensor:
-    """A copy with the strides of `home`, whatever they are: kernels may round differently for others."""
-    count = span_bytes(home) // home.element_size()
-    flat = slot.view(position, home.dtype, (count,), count * home.element_size())
-    flat.copy_(home.as_strided((count,), (1,)))
-    return flat.as_strided(home.shape, home.stride())
+def _looks(positions: Sequence[int], entries: Sequence[TensorEntry]) -> list[Look]:
+    return [
+        Look(at, getattr(torch, e.dtype), e.shape, e.stride or _contiguous_stride(e.shape), e.nbytes)
+        for at, e in zip(positions, entries, strict=True)
+    ]
+
+
+def _contiguous_stride(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return torch.empty(shape, device="meta").stride()
+
+
+def _bytes_of(home: torch.Tensor, nbytes: int) -> torch.Tensor:
+    """The `nbytes` bytes of memory from a tensor's first on."""
+    offset = home.storage_offset() * home.element_size()
+    return torch.empty(0, dtype=torch.uint8, device=home.device).set_(home.untyped_storage(), offset, (nbytes,), (1,))
+
+
+def _issue(slot: DeviceSlot, pieces: Sequence[tuple[torch.Tensor, int]], stream: torch.Stream) -> int:
+    """Copy pieces of memory to their positions in a slot, on `stream`, after whatever used the slot before."""
+    with stream:
+        slot.wait_on(stream)
+        for piece, position in pieces:
+            slot.bytes[position : position + piece.numel()].copy_(piece, non_blocking=True)
+        slot.filled(stream)
+    return 0  # bytes read

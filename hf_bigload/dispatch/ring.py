@@ -1,45 +1,117 @@
 """The buffers that streamed weights land in: page-aligned host memory, or bytes on a device.
 
+Each device has one ring: memory that is allocated once, as large as the plan says, of which blocks get slots.
 A slot is never written to while anything still looks at what it held. Leases say when that may end; a view that
-outlives its lease (a module kept it, autograd did) keeps the slot's memory, and the ring goes on without that slot.
+outlives its lease (a module kept it, autograd did) keeps its bytes, and the ring does without them.
 """
 
 from __future__ import annotations
 
 import ctypes
-import mmap
 import os
 import threading
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar
 
 import torch
+from torch.utils.dlpack import from_dlpack, to_dlpack
 
-from ..checkpoint.reader import page_buffer
+from ..checkpoint.reader import PAGE, page_buffer
 from ..errors import human_bytes
+from ..pinned import pinned_buffer
 
 DEVICE_ALIGNMENT = 512
 """Bytes: where an accelerator's allocator would start a tensor, and so where kernels expect it."""
+
+_MAX_PARTS = 256
 
 POISON = os.environ.get("HF_BIGLOAD_POISON") == "1"
 """Tests overwrite released slots with NaN, so that a use after release shows."""
 
 
-class Slot(ABC):
-    """One buffer, and tensors of its bytes: `view`."""
+class Memory(ABC):
+    """Bytes that slots are cut from, and what is known of them: which are taken, and who used the others last."""
 
-    capacity: int
+    grain: ClassVar[int]
+    """Slots begin and end at multiples of this."""
+    address: int
+
+    def __init__(self, nbytes: int) -> None:
+        self.nbytes = self.rounded(nbytes)
+        self.taken: dict[int, int] = {}
+        """Start -> end."""
+        self.last_uses: list[tuple[int, int, torch.Event]] = []
+        """(start, end, event): copies or kernels that may still be under way on bytes that are free again."""
+
+    @classmethod
+    def rounded(cls, nbytes: int) -> int:
+        return -(-max(nbytes, 1) // cls.grain) * cls.grain
+
+    @abstractmethod
+    def slot(self, start: int, nbytes: int) -> Slot:
+        """A slot of the bytes from `start` on."""
+
+    def place(self, nbytes: int) -> Slot | None:
+        """A slot of `nbytes` free bytes, if there are as many in one piece.
+
+        At an end of the memory if possible: of two slots in turn each gets an end of its own, so that any two blocks
+        fit which together are no larger than the memory.
+        """
+        gaps = [(start, end) for start, end in self.gaps() if end - start >= nbytes]
+        if not gaps:
+            return None
+        first, last = gaps[0], gaps[-1]
+        at_the_end = first[0] > 0 and last[1] == self.nbytes
+        start = last[1] - nbytes if at_the_end else first[0]
+        self.taken[start] = start + nbytes
+        return self.slot(start, nbytes)
+
+    def gaps(self) -> Iterator[tuple[int, int]]:
+        """(start, end) of what is free, in order."""
+        at = 0
+        for start in sorted(self.taken):
+            if start > at:
+                yield at, start
+            at = self.taken[start]
+        if at < self.nbytes:
+            yield at, self.nbytes
+
+    def events_over(self, start: int, end: int) -> list[torch.Event]:
+        """Of the uses of these bytes so far. They are forgotten here: whoever asks waits for them, and comes after."""
+        events, others = [], []
+        for first, last, event in self.last_uses:
+            if first < end and start < last:
+                events.append(event)
+            rest = ((first, min(last, start)), (max(first, end), last))
+            others += [(f, t, event) for f, t in rest if f < t]
+        self.last_uses = others
+        return events
+
+
+class Slot(ABC):
+    """Some bytes of a memory, and tensors of them: `view`."""
+
+    def __init__(self, memory: Memory, start: int, nbytes: int) -> None:
+        self.memory, self.start, self.capacity = memory, start, nbytes
+        self.events = memory.events_over(start, start + nbytes)
+        """What may still be under way on these bytes: to be waited for before the first of them is written."""
+        self.is_written = False
+        """Whether somebody may be writing to it now, or about to: it is not lent again before that has ended."""
+
     address: int
 
     @abstractmethod
-    def view(self, position: int, dtype: torch.dtype, shape: torch.Size | tuple[int, ...], nbytes: int) -> torch.Tensor:
-        """`nbytes` bytes from `position` on, as a contiguous tensor."""
-
-    @abstractmethod
-    def covers(self, tensor: torch.Tensor) -> bool:
-        """Whether `tensor` looks at this slot's bytes."""
+    def view(
+        self,
+        position: int,
+        dtype: torch.dtype,
+        shape: torch.Size | tuple[int, ...],
+        stride: tuple[int, ...],
+        nbytes: int,
+    ) -> torch.Tensor:
+        """`nbytes` bytes from `position` on, as a tensor."""
 
     @abstractmethod
     def is_viewed(self) -> bool:
@@ -49,181 +121,348 @@ class Slot(ABC):
     def poison(self) -> None:
         """Make every float in the slot NaN."""
 
-    def filled(self) -> None:
-        """Called when the copies that fill the slot were issued."""
-        return
+    @abstractmethod
+    def _is_on(self, device: torch.device) -> bool: ...
+
+    def covers(self, tensor: torch.Tensor) -> bool:
+        """Whether `tensor` looks at this slot's bytes."""
+        return self._is_on(tensor.device) and self.address <= address_of(tensor) < self.address + self.capacity
+
+    def used(self, event: torch.Event | None) -> None:
+        """Whoever gets these bytes next has to wait for `event`."""
+        if event is not None:
+            self.memory.last_uses.append((self.start, self.start + self.capacity, event))
+
+    def unused(self) -> None:
+        """Called when the slot is given back: what nobody has waited for yet is left to whoever gets the bytes next."""
+        for event in self.events:
+            self.used(event)
 
     def joined(self) -> None:
-        """Called by another thread, before it uses what the slot was filled with."""
+        """Called before a thread uses what the slot was filled with."""
         return
 
     def left(self) -> None:
         """Called by each thread when it leaves."""
         return
 
-    def claimed(self) -> None:
-        """Called before the first byte is written for the next user."""
-        return
+
+class HostMemory(Memory):
+    """Anonymous pages: what O_DIRECT reads into, what a CPU computes from, and, pinned, what an accelerator copies."""
+
+    grain = PAGE
+
+    def __init__(self, nbytes: int, serves: torch.device | None = None) -> None:
+        super().__init__(nbytes)
+        self.buffer: Any = page_buffer(self.nbytes) if serves is None else pinned_buffer(self.nbytes, serves).buffer
+        self.address = ctypes.addressof(ctypes.c_char.from_buffer(self.buffer))
+
+    def slot(self, start: int, nbytes: int) -> HostSlot:
+        return HostSlot(self, start, nbytes)
 
 
 class HostSlot(Slot):
-    """Anonymous pages: what O_DIRECT reads into, and what a CPU computes from. Each view has a storage of its own."""
+    """Bytes of host memory. Each view has a storage of its own, as tensors of a plain load have."""
 
-    def __init__(self, nbytes: int) -> None:
-        self.buffer: mmap.mmap = page_buffer(nbytes)
-        self.capacity = len(self.buffer)
-        self.address = ctypes.addressof(ctypes.c_char.from_buffer(self.buffer))
+    memory: HostMemory
+
+    def __init__(self, memory: HostMemory, start: int, nbytes: int) -> None:
+        super().__init__(memory, start, nbytes)
+        self.address = memory.address + start
         self._storages: list[torch.UntypedStorage] = []
 
-    def view(self, position: int, dtype: torch.dtype, shape: torch.Size | tuple[int, ...], nbytes: int) -> torch.Tensor:
+    @property
+    def buffer(self) -> memoryview:
+        """The slot's bytes, to be read into."""
+        return memoryview(self.memory.buffer)[self.start : self.start + self.capacity]
+
+    def view(
+        self,
+        position: int,
+        dtype: torch.dtype,
+        shape: torch.Size | tuple[int, ...],
+        stride: tuple[int, ...],
+        nbytes: int,
+    ) -> torch.Tensor:
         if nbytes == 0:
             return torch.empty(shape, dtype=dtype)
-        flat = torch.frombuffer(self.buffer, dtype=dtype, count=nbytes // dtype.itemsize, offset=position)
+        count, offset = nbytes // dtype.itemsize, self.start + position
+        flat = torch.frombuffer(self.memory.buffer, dtype=dtype, count=count, offset=offset)
         self._storages.append(flat.untyped_storage())
-        return flat.view(shape)
-
-    def covers(self, tensor: torch.Tensor) -> bool:
-        return tensor.device.type == "cpu" and self.address <= address_of(tensor) < self.address + self.capacity
+        return flat.as_strided(shape, stride)
 
     def is_viewed(self) -> bool:
         return any(_holders(storage) > 1 for storage in self._storages)
 
-    def claimed(self) -> None:
-        self._storages.clear()
-
     def poison(self) -> None:
-        torch.frombuffer(self.buffer, dtype=torch.uint8).fill_(0xFF)
+        if self.memory.last_uses:
+            return  # a device may still copy from here, and to wait for it would hide that somebody else does not
+        whole = torch.frombuffer(self.memory.buffer, dtype=torch.uint8, count=self.capacity, offset=self.start)
+        whole.fill_(0xFF)
+
+    def wait_for_copies(self) -> None:
+        """Block until no copy out of these bytes, of those that were under way when the slot was taken, still runs."""
+        for event in self.events:
+            event.synchronize()
+        self.events = []
+
+    def _is_on(self, device: torch.device) -> bool:
+        return device.type == "cpu"
 
 
-class DeviceSlot(Slot):
-    """Bytes on an accelerator. Whoever takes the slot over waits, on its stream, for all that its users had under way.
+class DeviceMemory(Memory):
+    """Bytes on an accelerator.
 
     Raises:
         torch.OutOfMemoryError: the device has no room; says how much was needed and how much is free.
     """
 
-    def __init__(self, nbytes: int, device: torch.device) -> None:
-        self.bytes = _device_bytes(max(nbytes, 1), device)
-        self.capacity = self.bytes.numel()
-        self.device = self.bytes.device
+    grain = DEVICE_ALIGNMENT
+
+    def __init__(self, nbytes: int, device: torch.device, streams: tuple[torch.Stream, ...] = ()) -> None:
+        super().__init__(nbytes)
+        self.bytes = _device_bytes(self.nbytes, device)
         self.address = self.bytes.data_ptr()
+        self._parts: dict[tuple[int, int], _Part] = {}
+        for stream in streams:
+            self.bytes.record_stream(stream)
+        # What the allocator gave may still be in use by the stream that freed it, which is the current one
+        self.last_uses.append((0, self.nbytes, torch.accelerator.current_stream(device).record_event()))
+
+    def slot(self, start: int, nbytes: int) -> DeviceSlot:
+        return DeviceSlot(self, start, nbytes)
+
+    def part(self, start: int, nbytes: int) -> _Part:
+        """Made once: blocks come to the same places again and again."""
+        if len(self._parts) > _MAX_PARTS:
+            self._parts.clear()
+        found = self._parts.get((start, nbytes))
+        return found or self._parts.setdefault((start, nbytes), _Part(self.bytes[start : start + nbytes]))
+
+
+class _Part:
+    """Some bytes on a device with a storage of their own, whose holders can be counted."""
+
+    def __init__(self, view: torch.Tensor) -> None:
+        self.bytes = from_dlpack(to_dlpack(view))
         self._storage = self.bytes.untyped_storage()
+        self._typed: dict[torch.dtype, torch.Tensor] = {}
         self._unviewed = _holders(self._storage)
-        self._filled: torch.Event | None = None
-        self._last_uses: list[torch.Event] = []
 
-    def view(self, position: int, dtype: torch.dtype, shape: torch.Size | tuple[int, ...], nbytes: int) -> torch.Tensor:
-        return self.bytes[position : position + nbytes].view(dtype).view(shape)
-
-    def covers(self, tensor: torch.Tensor) -> bool:
-        return tensor.device == self.device and self.address <= address_of(tensor) < self.address + self.capacity
+    def typed(self, dtype: torch.dtype) -> torch.Tensor:
+        """All of it, as elements of `dtype`."""
+        typed = self._typed.get(dtype)
+        if typed is None:
+            whole = self.bytes.numel() // dtype.itemsize * dtype.itemsize
+            typed = self._typed[dtype] = self.bytes[:whole].view(dtype)
+            self._unviewed += 1
+        return typed
 
     def is_viewed(self) -> bool:
         return _holders(self._storage) > self._unviewed
 
-    def poison(self) -> None:
-        self.bytes.fill_(0xFF)
 
-    def filled(self) -> None:
-        self._filled = self._stream().record_event()
+class DeviceSlot(Slot):
+    """Bytes on an accelerator, which streams use one after the other: events say who has to wait for whom."""
+
+    memory: DeviceMemory
+
+    def __init__(self, memory: DeviceMemory, start: int, nbytes: int) -> None:
+        super().__init__(memory, start, nbytes)
+        self.device = memory.bytes.device
+        self.address = memory.address + start
+        self._part = memory.part(start, nbytes)
+        self.bytes = self._part.bytes
+        self.filled_by: torch.Event | None = None
+
+    def view(
+        self,
+        position: int,
+        dtype: torch.dtype,
+        shape: torch.Size | tuple[int, ...],
+        stride: tuple[int, ...],
+        nbytes: int,
+    ) -> torch.Tensor:
+        return self._part.typed(dtype).as_strided(shape, stride, position // dtype.itemsize)
+
+    def is_viewed(self) -> bool:
+        return self._part.is_viewed()
+
+    def poison(self) -> None:
+        stream = self._stream()
+        for event in self.memory.events_over(self.start, self.start + self.capacity):
+            stream.wait_event(event)
+        self.bytes.fill_(0xFF)
+        self.left()
+
+    def wait_on(self, stream: torch.Stream) -> None:
+        """Let `stream` come after all that was under way on these bytes when the slot was taken."""
+        for event in self.events:
+            stream.wait_event(event)
+        self.events = []
+
+    def filled(self, stream: torch.Stream) -> None:
+        """Called when the copies that fill the slot were issued on `stream`."""
+        self.filled_by = stream.record_event()
+        self.used(self.filled_by)  # also where nobody ever joins
 
     def joined(self) -> None:
-        if self._filled is not None:
-            self._stream().wait_event(self._filled)
+        if self.filled_by is not None:
+            self._stream().wait_event(self.filled_by)
 
     def left(self) -> None:
-        self._last_uses.append(self._stream().record_event())
-
-    def claimed(self) -> None:
-        for event in self._last_uses:
-            self._stream().wait_event(event)
-        self._last_uses.clear()
+        self.used(self._stream().record_event())
 
     def _stream(self) -> torch.Stream:
         return torch.accelerator.current_stream(self.device)
 
+    def _is_on(self, device: torch.device) -> bool:
+        return device == self.device
+
 
 class Ring:
-    """The slots of one device. Free ones are kept, up to `limit` bytes of them, so that what streams reuses them.
+    """The slots of one device: cut from one memory of `limit` bytes, which is made when the first is taken.
 
-    The first slot is as large as the ring, so that every later block fits it. Another is made while that one is in
-    use: for a block inside a block, or for a second thread.
+    What does not fit has memory of its own, for as long as it is lent: a block inside a block, a second thread.
+    With `serves`, the ring is host memory from which that device copies.
     """
 
-    def __init__(self, device: torch.device, limit: int) -> None:
-        self.device, self.limit = device, limit
+    def __init__(self, device: torch.device, limit: int, serves: torch.device | None = None) -> None:
+        self.device, self.limit, self.serves = device, limit, serves
         self.peak = 0
-        self._free: list[Slot] = []
+        self.make_room: Callable[[], bool] = lambda: False
+        """Called where a slot is needed and none is free: gives one back that was taken ahead, and says if it did."""
+        self.streams: tuple[torch.Stream, ...] = ()
+        """Streams that use the memory besides the one that is current when it is allocated."""
+        self._memory: Memory | None = None
         self._lent: weakref.WeakSet[Slot] = weakref.WeakSet()  # one that an interrupt lost on its way is gone
-        self._lock = threading.Lock()
+        self._escaped: list[Slot] = []
+        self._alive: weakref.WeakSet[Memory] = weakref.WeakSet()
+        self._lock = threading.RLock()
 
     @property
     def held(self) -> int:
-        """Bytes of all slots, free and lent."""
-        return sum(slot.capacity for slot in (*self._free, *self._lent))
+        """Bytes of the ring's memory and of what is lent beside it."""
+        memories = {slot.memory for slot in (*self._lent, *self._escaped)} | {self._memory} - {None}
+        return sum(memory.nbytes for memory in memories if memory is not None)
 
     def take(self, nbytes: int, lasting: bool = False) -> Slot:
         """A slot of at least `nbytes` bytes that nobody else has, until `give`.
 
-        `lasting`: it stays while other blocks come and go, and so takes no larger one away from them.
+        `lasting`: it stays while other blocks come and go, and so has memory of its own.
+
+        Raises:
+            torch.OutOfMemoryError: the device has no room for it.
         """
-        with self._lock:
-            fitting = [s for s in self._free if nbytes <= s.capacity and not (lasting and s.capacity > 2 * nbytes)]
-            if fitting:
-                slot = min(fitting, key=lambda s: s.capacity)
-                self._free.remove(slot)
-            elif lasting:
-                slot = self._make(nbytes)
-            else:
-                self._free.clear()
-                slot = self._make(max(nbytes, self.limit - self.held))
-            self._lent.add(slot)
-            self.peak = max(self.peak, self.held)
-        slot.claimed()
+        slot = None if lasting else self._place(nbytes)
+        while slot is None and not lasting and self.make_room():
+            slot = self._place(nbytes)
+        if slot is None:
+            with self._lock:
+                slot = (None if lasting else self._renewed(nbytes)) or self._alone(nbytes)
         return slot
 
-    @contextmanager
-    def taken(self, nbytes: int, lasting: bool = False) -> Iterator[Slot]:
-        """`take`, and `give` if what happens to the slot inside fails."""
-        slot = self.take(nbytes, lasting)
+    def take_ahead(self, nbytes: int) -> Slot | None:
+        """A slot as from `take`, if there is room for it in the ring now."""
         try:
-            yield slot
-        except BaseException:
-            self.give(slot)
-            raise
+            return self._place(nbytes)
+        except torch.OutOfMemoryError:
+            return None
+
+    def fits(self, nbytes: int) -> bool:
+        """Whether `take_ahead` would find a slot now."""
+        with self._lock:
+            if self._memory is None or self._escaped:
+                return True  # perhaps
+            return any(end - start >= nbytes for start, end in self._memory.gaps())
 
     def give(self, slot: Slot) -> None:
         """Return a slot that the ring lent. Repeating it does no harm."""
         with self._lock:
             if slot not in self._lent:
                 return
-            free = sum(s.capacity for s in self._free)
-            keep = not slot.is_viewed() and free + slot.capacity <= max(self.limit, slot.capacity)
-            if keep and POISON:
-                with torch._C._DisableFuncTorch():
-                    slot.claimed()
-                    slot.poison()
-                    slot.left()
-            if keep:
-                self._free.append(slot)
+            if slot.is_viewed():
+                self._escaped.append(slot)
+            elif not slot.is_written:  # else it is lost
+                self._free(slot)
             self._lent.discard(slot)
 
     def lose(self, slot: Slot) -> None:
-        """Never lend `slot` again."""
+        """Never lend these bytes again."""
         with self._lock:
             self._lent.discard(slot)
 
     def close(self) -> None:
-        """Give the memory of free slots back."""
+        """Give the memory back as soon as nothing that is lent looks at it."""
         with self._lock:
-            self._free.clear()
+            self._memory = None
+            self._escaped.clear()
 
     def after_fork(self) -> None:
         """In a child: whoever held the lock lives on in the parent only."""
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
 
-    def _make(self, nbytes: int) -> Slot:
-        return HostSlot(nbytes) if self.device.type == "cpu" else DeviceSlot(nbytes, self.device)
+    def _place(self, nbytes: int) -> Slot | None:
+        """A slot in the ring, if there is room."""
+        with self._lock:
+            if self._memory is not None and self._is_lost(self._memory):
+                self._memory = None
+            if self._memory is None:
+                if nbytes > self.limit:
+                    return None
+                self._memory = self._make(self.limit)
+            slot = self._memory.place(self._memory.rounded(nbytes))
+            if slot is None and self._collect():
+                slot = self._memory.place(self._memory.rounded(nbytes))
+            return slot if slot is None else self._lend(slot)
+
+    def _is_lost(self, memory: Memory) -> bool:
+        """Whether all that is taken of a memory was lost by interrupts."""
+        return bool(memory.taken) and not any(slot.memory is memory for slot in (*self._lent, *self._escaped))
+
+    def _renewed(self, nbytes: int) -> Slot | None:
+        """A slot in a new ring where what somebody kept, or an interrupt lost, blocks the old one."""
+        if self._memory is None or nbytes > self.limit:
+            return None
+        lent = {slot.start for slot in self._lent if slot.memory is self._memory}
+        if lent == set(self._memory.taken):
+            return None
+        self._memory = None
+        return self._place(nbytes)
+
+    def _alone(self, nbytes: int) -> Slot:
+        memory = self._make(nbytes)
+        slot = memory.place(memory.rounded(nbytes))
+        assert slot is not None
+        return self._lend(slot)
+
+    def _lend(self, slot: Slot) -> Slot:
+        self._lent.add(slot)
+        return slot
+
+    def _collect(self) -> bool:
+        """Free what escaped and is looked at no more; whether there was any."""
+        gone = [slot for slot in self._escaped if not slot.is_viewed()]
+        self._escaped = [slot for slot in self._escaped if slot not in gone]
+        for slot in gone:
+            self._free(slot)
+        return bool(gone)
+
+    def _free(self, slot: Slot) -> None:
+        slot.unused()
+        if POISON:
+            with torch._C._DisableFuncTorch():
+                slot.poison()
+        slot.memory.taken.pop(slot.start, None)
+
+    def _make(self, nbytes: int) -> Memory:
+        if self.device.type == "cpu":
+            memory: Memory = HostMemory(nbytes, self.serves)
+        else:
+            memory = DeviceMemory(nbytes, self.device, self.streams)
+        self._alive.add(memory)
+        self.peak = max(self.peak, self.held + memory.nbytes)
+        return memory
 
 
 def address_of(tensor: torch.Tensor) -> int:

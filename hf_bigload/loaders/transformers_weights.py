@@ -69,6 +69,30 @@ def load_weights(model: Any, source: Source, load_config: Any, materializer: Mat
     return _Loading(model, source, load_config, materializer).run()
 
 
+class _Arrived:
+    """The progress bar: it counts what has its values, not what was asked for."""
+
+    def __init__(self, materializer: Materializer, progress: Any) -> None:
+        self.materializer, self.progress = materializer, progress
+        self.begun = self.shown = 0
+
+    def one_more(self) -> None:
+        self.begun += 1
+        self._show(self.materializer.collect())
+
+    def wait_for_all(self) -> None:
+        while under_way := self.materializer.collect(wait=True):
+            self._show(under_way)
+        self._show(0)
+        self.materializer.finish()
+
+    def _show(self, under_way: int) -> None:
+        arrived = self.begun - under_way - self.shown
+        if arrived > 0:
+            self.progress.update(arrived)
+            self.shown += arrived
+
+
 class _Loading:
     def __init__(self, model: Any, source: Source, load_config: Any, materializer: Materializer) -> None:
         self.model, self.source, self.materializer = model, source, materializer
@@ -91,17 +115,24 @@ class _Loading:
     def run(self) -> LoadStateDictInfo:
         assigned = self._assign()
         groups = self._groups(assigned.converted)
-        progress = logging.tqdm(total=len(assigned.plain) + len(groups), desc="Loading weights")
-        with progress:
-            for name, key in assigned.plain.items():
-                self._load_plain(name, key)
-                progress.update()
-            while groups:  # each conversion is dropped with the tensors it collected, before the next one begins
-                first = next(iter(groups))
-                self._convert(first, groups.pop(first))
-                progress.update()
+        try:
+            with logging.tqdm(total=len(assigned.plain) + len(groups), desc="Loading weights") as progress:
+                self._load_all(assigned.plain, groups, _Arrived(self.materializer, progress))
+        except BaseException:
+            self.materializer.abandon()
+            raise
         self.model._weight_conversions = [m for m in self.mapping if m.was_used()]
         return self.info
+
+    def _load_all(self, plain: dict[str, str], groups: dict[str, Any], arrived: _Arrived) -> None:
+        for name, key in plain.items():
+            self._load_plain(name, key)
+            arrived.one_more()
+        while groups:  # each conversion is dropped with the tensors it collected, before the next one begins
+            first = next(iter(groups))
+            self._convert(first, groups.pop(first))
+            arrived.one_more()
+        arrived.wait_for_all()
 
     # ---------------------------------------------------------------- names
 
@@ -175,7 +206,7 @@ class _Loading:
         for name in list(made):
             value = made.pop(name)
             value = value[0] if isinstance(value, list) else value
-            self._set(name, self.materializer.place(name, value))
+            self._set(name, self.materializer.place(name, value, packed=True))
 
     def _set(self, name: str, value: torch.Tensor) -> None:
         library.set_param_for_module(self.model, name, value, self.info, None)  # type: ignore[arg-type]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -115,11 +116,22 @@ def leased(executor: Executor, tensors: list[torch.Tensor], device: torch.device
 
 
 def assert_at_rest(executor: Executor, *tensors: torch.Tensor) -> None:
-    """Nothing is leased, no slot is lent, and no tensor looks into one."""
+    """Nothing is leased, no slot is lent but for what was sent ahead, and no tensor looks into the rings."""
     assert not executor._placed and not executor._thread.scopes
+    prefetcher = executor.prefetcher
+    for dropped in prefetcher._dropped:
+        dropped.settle()
+    ahead = [transfer for sent in prefetcher._ahead.values() for transfer in sent.transfers]
+    for transfer in ahead:
+        transfer.wait()
     for ring in executor.machine.rings.values():
-        assert not ring._lent
-        assert not any(slot.covers(tensor) for slot in ring._free for tensor in tensors)
+        until = time.monotonic() + 10  # for what a reader still writes to although nobody wants it
+        while not set(ring._lent) <= {transfer.slot for transfer in ahead} and time.monotonic() < until:
+            time.sleep(0.001)
+        assert set(ring._lent) <= {transfer.slot for transfer in ahead}
+        for memory in ring._alive:
+            addresses = [tensor.data_ptr() for tensor in tensors if tensor.device.type == ring.device.type]
+            assert not any(memory.address <= address < memory.address + memory.nbytes for address in addresses)
 
 
 def assert_model_at_rest(model: nn.Module) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import copy
 import threading
 from collections.abc import Callable, Iterator
@@ -223,7 +224,8 @@ class TestCheckpointing:
                 for layer in model.layers:
                     x = checkpoint(layer, x, use_reentrant=False) if how == "checkpointed" else layer(x)
                 kept[how] = sim.memory_allocated(0) - executor_of(model).machine.ring(torch.device("sim:0")).held
-                del x, model
+                del x, model, layer
+                gc.collect()
         assert kept["checkpointed"] < 0.6 * kept["plainly"]
 
     @pytest.mark.parametrize("frozen", [False, True], ids=["trainable", "frozen"])
@@ -462,10 +464,10 @@ class TestMemory:
             x = torch.randn(2, 64, device="sim:0")
             out = model(x)
             block = sum(p.numel() * 4 for p in model.layers[0].parameters())
-            assert sim.memory_allocated(0) < 2 * block
+            assert sim.memory_allocated(0) < 3 * block  # a ring of two
             sim.reset_peak_memory_stats(0)
             out.sum().backward()
-            assert sim.max_memory_allocated(0) < 3 * block
+            assert sim.max_memory_allocated(0) < 4 * block
 
     def test_a_graph_that_is_dropped_frees_everything(self, x: torch.Tensor) -> None:
         with simdev.devices([None]) as sim:

@@ -43,6 +43,7 @@ void copy_later(const Tensor& source, const Tensor& destination, StreamKey strea
   const Tensor& on_device = to_device ? destination : source;
   Tensor from = borrowed_alias(source), to = borrowed_alias(destination);
   const auto position = defer(stream, [from, to] { copy_bytes(from, to); });
+  to_device ? note_host_read(bytes_of(source), stream, position) : check_host_reads(bytes_of(destination));
   pinned_block((to_device ? source : destination).const_data_ptr())->pending[stream] = position;
   // Deferred copies out of these bytes came first in the caller's order: the poison must not reach them.
   if (to_device) block_of(on_device.storage())->accesses.finish(bytes_of(on_device), /*reads_only=*/true);
@@ -56,6 +57,7 @@ void copy_now(const Tensor& source, const Tensor& destination, StreamKey stream,
     Lock lock(mutex());
     run_until(stream);
     const bool to_device = on_sim(destination);
+    if (!to_device) check_host_reads(bytes_of(destination));
     note_use(to_device ? destination : source, to_device ? Use::kWrite : Use::kRead, stream, advance(stream));
   }
   copy_bytes(on_sim(source) ? aliases.to_cpu(source) : source,

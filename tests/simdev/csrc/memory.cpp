@@ -141,6 +141,8 @@ void free_pinned(void* context) {
   auto* block = static_cast<HostBlock*>(context);
   Lock lock(mutex());
   for (const auto& [stream, position] : block->pending) run_until(stream, position);
+  const auto begin = reinterpret_cast<uintptr_t>(block->data);
+  check_host_reads({begin, begin + block->nbytes});
   all().pinned_bytes -= block->nbytes;
   if (block->data) all().pinned.erase(reinterpret_cast<uintptr_t>(block->data));
   std::free(block->data);
@@ -185,7 +187,9 @@ at::HostAllocator& host_allocator() { return the_host_allocator; }
 
 Block* block_of(const c10::Storage& storage) {
   const auto& data = storage.data_ptr();
-  return data.get_deleter() == &free_block ? static_cast<Block*>(data.get_context()) : nullptr;
+  if (data.get_deleter() == &free_block) return static_cast<Block*>(data.get_context());
+  Lock lock(mutex());
+  return find(all().blocks, data.get());  // a storage over part of another's bytes, as DLPack makes them
 }
 
 HostBlock* pinned_block(const void* address) {

@@ -1,6 +1,8 @@
 #include "races.h"
 
 #include <algorithm>
+#include <cstring>
+#include <list>
 #include <sstream>
 
 namespace sim {
@@ -35,7 +37,52 @@ bool replaces(const Access& later, const Access& earlier) {
   return later.range.covers(earlier.range) && (later.use == Use::kWrite || earlier.use == Use::kRead) &&
       happens_before(earlier.stream, earlier.position, later.stream);
 }
+
+struct HostRead {
+  Range range;
+  StreamKey stream;
+  Position position;
+  std::vector<char> bytes;
+};
+
+std::list<HostRead>& host_reads() {
+  static auto& instance = *new std::list<HostRead>();
+  return instance;
+}
+
+void compare(const HostRead& read) {
+  if (std::memcmp(read.bytes.data(), reinterpret_cast<const void*>(read.range.begin), read.bytes.size()) == 0) return;
+  std::ostringstream text;
+  text << "the host overwrote pinned memory before a copy (read, stream " << read.stream.id << " of sim:"
+       << int(read.stream.device) << ") of its " << read.bytes.size() << " bytes was known to have run";
+  messages().push_back(text.str());
+}
+
+template <class Condition>
+void compare_where(Condition condition) {
+  Lock lock(mutex());
+  host_reads().remove_if([&](const HostRead& read) {
+    if (!condition(read)) return false;
+    compare(read);
+    return true;
+  });
+}
 }  // namespace
+
+void note_host_read(Range range, StreamKey stream, Position position) {
+  if (range.empty()) return;
+  Lock lock(mutex());
+  const auto* begin = reinterpret_cast<const char*>(range.begin);
+  host_reads().push_back({range, stream, position, {begin, begin + (range.end - range.begin)}});
+}
+
+void check_host_reads() {
+  compare_where([](const HostRead& read) { return host_knows(read.stream, read.position); });
+}
+
+void check_host_reads(Range range) {
+  compare_where([&](const HostRead& read) { return read.range.overlaps(range); });
+}
 
 void AccessLog::add(const Access& access) {
   if (!async_mode() || access.range.empty()) return;

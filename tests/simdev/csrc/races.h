@@ -4,6 +4,9 @@
 // it gives garbage. Hence each block of device memory remembers who used which bytes, and a later use that conflicts
 // must come after it by the vector clocks. Allocation and free are writes by the stream that allocated: the real
 // allocator gives the memory to that stream's next request at once, without waiting for anyone.
+//
+// The host's own writes to pinned memory pass no one who could note them. So what a deferred copy is to read is
+// remembered, and compared when the host first knows that the copy has run: until then nobody may write there.
 // Only asynchronous mode records anything.
 #pragma once
 #include "streams.h"
@@ -45,6 +48,12 @@ class AccessLog {
  private:
   std::vector<Access> accesses_;
 };
+
+// A deferred copy reads these bytes of pinned memory.
+void note_host_read(Range range, StreamKey stream, Position position);
+// Compares, and forgets: of the copies that the host has waited for, or of all that read from a range.
+void check_host_reads();
+void check_host_reads(Range range);
 
 std::vector<std::string> violations();
 void clear_violations();

@@ -1,4 +1,4 @@
-#include "streams.h"
+#include "races.h"
 
 #include <algorithm>
 #include <chrono>
@@ -42,6 +42,11 @@ void join(Clock& clock, const Clock& other) {
 Position known(const Clock& clock, StreamKey stream) {
   auto found = clock.find(stream);
   return found == clock.end() ? 0 : found->second;
+}
+
+void host_learns(const Clock& clock) {
+  join(all().host_seen, clock);
+  check_host_reads();
 }
 
 bool done(const StreamState& state, Position position) {
@@ -122,7 +127,7 @@ void wait_event(StreamKey waiting, const Event& event) {
 void host_wait(const Event& event) {
   Lock lock(mutex());
   run_until(event.stream, event.position);
-  join(all().host_seen, event.clock);
+  host_learns(event.clock);
 }
 
 void host_wait(StreamKey stream) { host_wait(record_event(stream)); }
@@ -141,13 +146,18 @@ bool poll(const Event& event) {
     run_front(state);
     return false;
   }
-  join(all().host_seen, event.clock);
+  host_learns(event.clock);
   return true;
+}
+
+bool host_knows(StreamKey stream, Position position) {
+  Lock lock(mutex());
+  return known(all().host_seen, stream) >= position;
 }
 
 bool happens_before(StreamKey earlier, Position position, StreamKey later) {
   if (earlier == later) return true;
   Lock lock(mutex());
-  return known(all().states[later].seen, earlier) >= position || known(all().host_seen, earlier) >= position;
+  return known(all().states[later].seen, earlier) >= position || host_knows(earlier, position);
 }
 }  // namespace sim

@@ -59,6 +59,9 @@ void host_wait_device(DeviceIndex device);
 // makes progress by itself: otherwise a loop that polls would never end.
 bool poll(const Event& event);
 
+// Whether the host has waited for the operation at `position`.
+bool host_knows(StreamKey stream, Position position);
+
 // Whether an operation enqueued on `later` now comes after the one at `position` of `earlier`.
 bool happens_before(StreamKey earlier, Position position, StreamKey later);
 }  // namespace sim

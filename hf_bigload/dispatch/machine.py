@@ -1,0 +1,124 @@
+"""What moves bytes: the reader of files, a ring and a copy stream for each device, and the counters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import cached_property
+from typing import Protocol
+
+import torch
+
+from ..checkpoint.reader import Reader
+from .ring import Ring, Slot
+from .stats import Stats
+from .transfer import Transfer
+
+CPU_DEVICE = torch.device("cpu")
+
+
+class Load(Protocol):
+    """Weights that travel together, and how they are packed. Can be sent again and again while they stay at rest."""
+
+    nbytes: int
+    """Of the slot that they arrive in."""
+    staged: int
+    """Bytes of a slot of the host's ring that they pass through; 0 for none."""
+
+    def start(self, machine: Machine, ring: Ring, slot: Slot, stage: Slot | None) -> Transfer:
+        """Have the slot filled. It is the transfer's to give back; `stage` goes back when it is no longer needed."""
+        ...
+
+
+class Machine:
+    """`ring_bytes` are the sizes of the rings; a device that is not among them has none, and slots of their own."""
+
+    def __init__(self, reader: Reader, ring_bytes: Mapping[torch.device, int]) -> None:
+        self.reader = reader
+        self.stats = Stats()
+        self.rings: dict[torch.device, Ring] = {}
+        self.make_room: Callable[[], bool] = lambda: False
+        """See `Ring.make_room`."""
+        self._ring_bytes = dict(ring_bytes)
+        self._copy_streams: dict[torch.device, torch.Stream] = {}
+
+    def ring(self, device: torch.device) -> Ring:
+        return self.rings.get(device) or self._new_ring(device)
+
+    def copy_stream(self, device: torch.device) -> torch.Stream:
+        return self._copy_streams.get(device) or self._copy_streams.setdefault(device, torch.Stream(device=device))
+
+    @cached_property
+    def aside(self) -> Machine:
+        """The same with slots of their own, for what comes while blocks use the rings: saved weights, in backward."""
+        aside = Machine(self.reader, {})
+        aside.stats = self.stats
+        return aside
+
+    def send(self, load: Load, device: torch.device, lasting: bool = False) -> Transfer:
+        """Start bringing weights to `device`; for `lasting`, see `Ring.take`.
+
+        Raises:
+            torch.OutOfMemoryError: the device has no room for them.
+        """
+        ring = self.ring(device)
+        slot = ring.take(load.nbytes, lasting)
+        stage: Slot | None = None
+        try:
+            if load.staged:
+                stage = self.ring(CPU_DEVICE).take(load.staged)
+            return load.start(self, ring, slot, stage)
+        except BaseException:
+            self._give(slot, ring, stage)
+            raise
+
+    def send_ahead(self, load: Load, device: torch.device) -> Transfer | None:
+        """As `send`, if the rings have room now."""
+        ring = self.ring(device)
+        slot = ring.take_ahead(load.nbytes)
+        if slot is None:
+            return None
+        stage: Slot | None = None
+        try:
+            if load.staged:
+                stage = self.ring(CPU_DEVICE).take_ahead(load.staged)
+                if stage is None:
+                    ring.give(slot)
+                    return None
+            return load.start(self, ring, slot, stage)
+        except BaseException:
+            self._give(slot, ring, stage)
+            raise
+
+    def _give(self, slot: Slot, ring: Ring, stage: Slot | None) -> None:
+        ring.give(slot)
+        if stage is not None:
+            self.ring(CPU_DEVICE).give(stage)
+
+    def has_room(self, load: Load | None, device: torch.device) -> bool:
+        """Whether `send_ahead` would find slots now."""
+        if load is None:
+            return True
+        return self.ring(device).fits(load.nbytes) and (not load.staged or self.ring(CPU_DEVICE).fits(load.staged))
+
+    def close(self) -> None:
+        for ring in (*self.rings.values(), *self.aside.rings.values()):
+            ring.close()
+        self.reader.close()
+
+    def after_fork(self) -> None:
+        for ring in (*self.rings.values(), *self.aside.rings.values()):
+            ring.after_fork()
+        self.stats.after_fork()
+
+    def _new_ring(self, device: torch.device) -> Ring:
+        accelerators = [d for d in self._ring_bytes if d.type != "cpu"]
+        serves = accelerators[0] if device.type == "cpu" and accelerators else None
+        ring = Ring(device, self._ring_bytes.get(device, 0), serves)
+        ring.make_room = lambda: self.make_room()
+        if device.type != "cpu":
+            ring.streams = (self.copy_stream(device),)
+        return self.rings.setdefault(device, ring)
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Machine:
+        copied = memo[id(self)] = Machine(Reader(), self._ring_bytes)
+        return copied

@@ -1,0 +1,405 @@
+"""Random programs over dispatched models on the simulated accelerator: the plain model's bits, and nothing out of order.
+
+A program is a model, a placement, a size for the rings, and forwards that take the blocks in some order, with what may
+happen between and inside them. Kernels and copies run in asynchronous mode, where whatever no event orders is counted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import gc
+import itertools
+import random
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from hf_bigload.dispatch import ring
+from tests import simdev
+
+from . import CPU, assert_model_at_rest, executor_of, from_disk, placed, same_bits
+
+WIDTH = 8
+PATIENCE = 20
+"""Seconds after which threads that wait for each other are taken for dead."""
+
+QUICK, SLOW = range(150), range(150, 3000)
+
+
+# ---------------------------------------------------------------- models
+
+
+class Stopped(BaseException):
+    """Ends a forward in its middle, as an interrupt does."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One block of a forward, and what happens on the way to it."""
+
+    block: int
+    event: str = ""
+    """"raise" and "stop": a forward ends inside the block; "return": before it; "read": its weight is read by name;
+    "guest": another model's forward runs inside this one; "again": the block's backward runs its forward again."""
+
+
+class Block(nn.Module):
+    """Weights of some size, a buffer, perhaps blocks inside: what repeats in a list, so it is kept whole."""
+
+    def __init__(self, dice: random.Random, depth: int) -> None:
+        super().__init__()
+        hidden = dice.choice([1, 4, 16, 40])
+        self.up, self.down = nn.Linear(WIDTH, hidden), nn.Linear(hidden, WIDTH)
+        self.norm = nn.LayerNorm(WIDTH) if dice.random() < 0.5 else None
+        self.gain = nn.Parameter(torch.rand(WIDTH))
+        self.register_buffer("shift", torch.rand(WIDTH), persistent=dice.random() < 0.8)
+        inner = dice.choice([0, 0, 1, 2]) if depth else 0
+        self.inner = nn.ModuleList(Block(dice, depth - 1) for _ in range(inner))
+
+    def forward(self, x: torch.Tensor, ends: type[BaseException] | None = None) -> torch.Tensor:
+        y = self.up(x if self.norm is None else self.norm(x))
+        if ends is not None:
+            raise ends("on purpose")
+        for inner in self.inner:
+            x = inner(x)
+        return torch.tanh(x * self.gain + self.shift + self.down(torch.tanh(y)))
+
+
+class Group(nn.Module):
+    """Blocks below a parent with a weight of its own."""
+
+    def __init__(self, dice: random.Random) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.rand(WIDTH))
+        self.blocks = nn.ModuleList(Block(dice, 0) for _ in range(2))
+
+    def forward(self, x: torch.Tensor, ends: type[BaseException] | None = None) -> torch.Tensor:
+        for block in self.blocks:
+            x = block(x * self.scale, ends)
+        return x
+
+
+class Table(nn.Module):
+    """Rows chosen by what comes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows = nn.Embedding(12, WIDTH)
+
+    def forward(self, x: torch.Tensor, ends: type[BaseException] | None = None) -> torch.Tensor:
+        chosen = torch.arange(x.shape[0], device=x.device)
+        if ends is not None:
+            raise ends("on purpose")
+        return torch.tanh(x + self.rows(chosen))
+
+
+class Maze(nn.Module):
+    """Takes its blocks in whatever order it is told to."""
+
+    guest: list[Any]
+    """Another model, if any; in a list, so that it is none of this one's modules."""
+
+    def __init__(self, dice: random.Random) -> None:
+        super().__init__()
+        self.guest = []
+        self.scale = nn.Parameter(torch.rand(WIDTH))
+        blocks: list[nn.Module] = [Block(dice, depth=1) for _ in range(dice.randint(2, 6))]
+        blocks += [Table()] if dice.random() < 0.4 else []
+        blocks += [Group(dice)] if dice.random() < 0.4 else []
+        dice.shuffle(blocks)
+        whole = [block for block in blocks if isinstance(block, Block)]
+        if dice.random() < 0.4:
+            whole[0].gain = whole[-1].gain  # tied
+        if dice.random() < 0.4:
+            whole[0].up = copy.deepcopy(whole[-1].up)
+            whole[0].down = copy.deepcopy(whole[-1].down)
+            whole[0].down.weight = whole[-1].down.weight
+        if dice.random() < 0.3:
+            blocks.append(blocks[0])  # one module at two places
+        self.blocks = nn.ModuleList(blocks)
+
+    def forward(self, x: torch.Tensor, route: Sequence[Step]) -> torch.Tensor:
+        x = x * self.scale
+        for step in route:
+            block: Any = self.blocks[step.block]
+            if step.event == "return":
+                return x
+            if step.event == "read":
+                x = x * next(each for each in (block.gain if isinstance(block, Block) else self.scale,)).sum().sin()
+            if step.event == "guest" and self.guest:
+                x = x + self.guest[0](x, [Step(0), Step(1)])
+            ends = {"raise": RuntimeError, "stop": Stopped}.get(step.event)
+            if step.event == "again" and torch.is_grad_enabled():
+                x = checkpoint(block, x, ends, use_reentrant=False)
+            else:
+                x = block(x, ends)
+        return x
+
+
+# ---------------------------------------------------------------- programs
+
+
+@dataclass
+class Program:
+    """Everything that is random, drawn from one seed."""
+
+    seed: int
+    dice: random.Random = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.dice = random.Random(self.seed)
+        torch.manual_seed(self.seed)
+        self.plain = Maze(self.dice).eval()
+        self.homes: list[Any] = self.dice.choice(
+            [["cpu"], ["disk"], [0, "cpu"], ["cpu", "disk"], [0, 1, "cpu", "disk"]]
+        )
+        self.main: Any = self.dice.choice([0, 0, 0, 1, "cpu"])
+        self.rings = self.dice.choice([None, 0.0, 1.0, 1.3, 2.0])
+        self.poison = self.dice.random() < 0.5
+        self.grad = self.dice.random() < 0.3
+
+    def device_map(self) -> dict[str, Any]:
+        """A home for everything; for some blocks, or single weights of theirs, another."""
+        chosen = {"": self.dice.choice(self.homes)}
+        for index in range(len(self.plain.blocks)):
+            if self.dice.random() < 0.6:
+                chosen[f"blocks.{index}"] = self.dice.choice(self.homes)
+        names = [name for name, _ in self.plain.named_parameters()]
+        return chosen | {
+            name: self.dice.choice(self.homes) for name in self.dice.sample(names, self.dice.choice([0, 0, 2]))
+        }
+
+    def dispatched(self, folder: Path) -> Any:
+        """The model, as loaded from a checkpoint (packed in pinned memory) or as given (in memory of its own)."""
+        device_map, buffers = self.device_map(), self.dice.random() < 0.3
+        if self.dice.random() < 0.6 and self.main == 0:
+            model = from_disk(self.plain, folder, device_map=device_map, offload_buffers=buffers)
+        else:
+            model = placed(self.plain, device_map, self.main, offload_buffers=buffers)
+        self._resize_rings(model)
+        return model
+
+    def _resize_rings(self, model: Any) -> None:
+        """Rings of no block, of the largest, of two, or what the plan says."""
+        if self.rings is None or not hasattr(model, "_hf_bigload"):
+            return
+        machine = executor_of(model).machine
+        largest = max(_slot_bytes(block) for block in model.blocks)
+        machine._ring_bytes = {device: int(largest * self.rings) for device in machine._ring_bytes}
+
+    def route(self, throws: bool = True) -> list[Step]:
+        """The blocks of one forward: all or some, in some order, some of them twice."""
+        every = list(range(len(self.plain.blocks)))
+        kind = self.dice.choice(["in order", "in order", "reversed", "some", "any", "one between the others"])
+        if kind == "reversed":
+            every.reverse()
+        elif kind == "some":
+            every = [block for block in every if self.dice.random() < 0.6]
+        elif kind == "any":
+            every = [self.dice.choice(every) for _ in range(self.dice.randint(1, 9))]
+        elif kind == "one between the others":
+            shared = self.dice.choice(every)
+            every = list(itertools.chain.from_iterable((block, shared) for block in every))
+        return [Step(block, self._event(throws)) for block in every]
+
+    def _event(self, throws: bool) -> str:
+        events = ["read", "guest", "again"] + (["raise", "stop", "return"] if throws else [])
+        return self.dice.choice(events) if self.dice.random() < 0.15 else ""
+
+
+def _slot_bytes(module: nn.Module) -> int:
+    tensors = [*module.parameters(), *module.buffers()]
+    return sum(-(-t.numel() * t.element_size() // 512) * 512 for t in tensors) + 4096
+
+
+def _write(dice: random.Random) -> Callable[[nn.Module], None]:
+    """A change of weights, as somebody may make between two forwards; the same for the plain model and the other."""
+    kind = dice.choice(["in place", "data in place", "new data", "new parameter", "state dict", "assigned state dict"])
+    chosen, factor = dice.random(), 1 + dice.random()
+
+    def write(model: nn.Module) -> None:
+        names = [name for name, _ in model.named_parameters()]
+        name = names[int(chosen * len(names))]
+        owner, _, leaf = name.rpartition(".")
+        module = model.get_submodule(owner)
+        parameter = dict(module.named_parameters(recurse=False))[leaf]
+        if kind == "in place":
+            parameter.mul_(factor)
+        elif kind == "data in place":
+            parameter.data.mul_(factor)
+        elif kind == "new data":
+            parameter.data = parameter.data * factor
+        elif kind == "new parameter":
+            setattr(module, leaf, nn.Parameter(parameter.detach() * factor))
+        else:
+            state = {key: value * factor for key, value in model.state_dict().items()}
+            model.load_state_dict(state, assign=kind == "assigned state dict")
+
+    return write
+
+
+def _ran(model: Any, x: torch.Tensor, route: Sequence[Step]) -> torch.Tensor | str:
+    """The output, or how the forward ended instead."""
+    try:
+        return model(x, route)
+    except (RuntimeError, Stopped) as error:
+        if "on purpose" not in str(error):
+            raise
+        return type(error).__name__
+
+
+def _assert_same(got: Any, expected: Any) -> None:
+    if isinstance(expected, str) or isinstance(got, str):
+        assert got == expected
+    else:
+        assert same_bits(got, expected)
+
+
+@pytest.fixture(autouse=True)
+def sim() -> Iterator[ModuleType]:
+    with simdev.devices([None, None]) as module:
+        module.clear_violations()
+        yield module
+
+
+@contextlib.contextmanager
+def running(program: Program, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """In order to the end. Half of the programs run without poison: it waits for whatever used a slot before."""
+    monkeypatch.setattr(ring, "POISON", program.poison)
+    with simdev.asynchronous(), torch.set_grad_enabled(program.grad):
+        yield
+
+
+@contextlib.contextmanager
+def on_some_stream(program: Program) -> Iterator[None]:
+    """Perhaps with other current streams inside, which come after the ones outside, and before what follows."""
+    outside = [torch.accelerator.current_stream(device) for device in ("sim:0", "sim:1")]
+    if program.dice.random() < 0.6:
+        yield
+        return
+    streams = [torch.Stream(device=stream.device) for stream in outside]
+    for stream, before in zip(streams, outside, strict=True):
+        stream.wait_stream(before)
+    with streams[0], streams[1]:
+        torch.accelerator.set_device_index(0)
+        yield
+    for stream, after in zip(streams, outside, strict=True):
+        after.wait_stream(stream)
+
+
+def _input_device(model: Any) -> torch.device:
+    """On the device, where nothing makes the host wait; a plain model takes what lies with it."""
+    hook = getattr(model, "_hf_hook", None)
+    return CPU if hook is None else hook.execution_device
+
+
+def one_thread(program: Program, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, plain, dice = program.dispatched(folder / "one"), program.plain, program.dice
+    guest = Program(program.seed + 1)
+    model.guest, plain.guest = [guest.dispatched(folder / "two")], [copy.deepcopy(guest.plain)]
+    if not hasattr(model, "_hf_bigload"):
+        return  # whole on one device: a plain model
+    x = torch.randn(3, WIDTH)
+    results, expected = [], []
+    with running(program, monkeypatch):
+        device = _input_device(model)
+        theirs = x.to(device).requires_grad_(program.grad)
+        mine = x.clone().requires_grad_(program.grad)
+        for _ in range(dice.randint(2, 5)):
+            route = program.route()
+            with on_some_stream(program):
+                results.append(_ran(model, theirs, route))
+            expected.append(_ran(plain, mine, route))
+            if program.grad and dice.random() < 0.7:
+                for outcome in (results[-1], expected[-1]):
+                    if isinstance(outcome, torch.Tensor):
+                        outcome.sum().backward()
+            if dice.random() < 0.5:
+                write = _write(dice)
+                with torch.no_grad():
+                    for each in (model, plain):
+                        write(each)
+                results[-1:], expected[-1:] = [_settled(results[-1])], [_settled(expected[-1])]
+    for got, right in zip(results, expected, strict=True):
+        _assert_same(got, right)
+    assert_model_at_rest(model)
+    for name, parameter in plain.named_parameters():
+        assert same_bits(dict(model.named_parameters())[name], parameter), name
+    if program.grad:
+        for name, parameter in plain.named_parameters():
+            grad = dict(model.named_parameters())[name].grad
+            assert (grad is None) == (parameter.grad is None), name
+            assert grad is None or same_bits(grad, parameter.grad), name
+
+
+def _settled(outcome: Any) -> Any:
+    return outcome.detach() if isinstance(outcome, torch.Tensor) else outcome
+
+
+def _together(*actions: Callable[[], Any]) -> None:
+    errors: list[BaseException] = []
+
+    def run(action: Callable[[], Any]) -> None:
+        try:
+            action()
+        except BaseException as error:  # noqa: BLE001 - raised below
+            errors.append(error)
+
+    threads = [threading.Thread(target=run, args=(action,), daemon=True) for action in actions]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(PATIENCE)
+        assert not thread.is_alive(), "a deadlock"
+    if errors:
+        raise errors[0]
+
+
+def several_threads(program: Program, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program.grad = False
+    model, plain = program.dispatched(folder), program.plain
+    if not hasattr(model, "_hf_bigload"):
+        return
+    x = torch.randn(3, WIDTH)
+    with running(program, monkeypatch):
+        device = _input_device(model)
+        theirs = x.to(device)
+        torch.accelerator.synchronize("sim:0")
+        torch.accelerator.synchronize("sim:1")
+
+        def thread(routes: list[list[Step]], streams: tuple[torch.Stream, ...]) -> None:
+            with torch.no_grad(), contextlib.ExitStack() as stack:
+                for stream in streams:
+                    stack.enter_context(stream)
+                results = [_ran(model, theirs, route) for route in routes]
+                for route, result in zip(routes, results, strict=True):
+                    _assert_same(result, _ran(plain, x, route))
+
+        every = [
+            [program.route() for _ in range(program.dice.randint(2, 4))] for _ in range(program.dice.choice([2, 3]))
+        ]
+        own = [tuple(torch.Stream(device=name) for name in ("sim:0", "sim:1")) for _ in every]
+        chosen = [streams if program.dice.random() < 0.7 else () for streams in own]
+        _together(*(lambda r=routes, s=streams: thread(r, s) for routes, streams in zip(every, chosen, strict=True)))
+        assert_model_at_rest(model)
+    for name, parameter in plain.named_parameters():
+        assert same_bits(dict(model.named_parameters())[name], parameter), name
+
+
+@pytest.mark.parametrize("seed", [*QUICK, *(pytest.param(seed, marks=pytest.mark.slow) for seed in SLOW)])
+def test_a_program(seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one_thread(Program(seed), tmp_path, monkeypatch)
+
+
+@pytest.mark.parametrize("seed", [*QUICK, *(pytest.param(seed, marks=pytest.mark.slow) for seed in SLOW)])
+def test_a_program_of_several_threads(seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    several_threads(Program(seed), tmp_path, monkeypatch)

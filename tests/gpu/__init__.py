@@ -1,0 +1,1 @@
+"""What only a real accelerator can show. Skipped without one; `benchmarks/gpu.sh` runs it."""
