@@ -22,11 +22,14 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
+
 from benchmarks.memory_cgroup import parse_bytes
 from benchmarks.proc import disk_read_bytes
 
 CHUNK = 8 << 20
 PAGE = mmap.PAGESIZE
+HUGE_PAGE = 2 << 20
 
 
 @dataclass(frozen=True)
@@ -91,6 +94,20 @@ def share_out(chunks: Iterator[Chunk], limit: int, shares: int) -> list[list[Chu
     return lists
 
 
+def _buffer() -> memoryview:
+    """CHUNK bytes whose pages exist, in huge ones where the kernel has them.
+
+    In small pages a request has so many pieces that it is cut up: half the speed was seen.
+    """
+    memory = mmap.mmap(-1, CHUNK + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory.madvise(mmap.MADV_HUGEPAGE)
+    whole = np.frombuffer(memory, np.uint8)
+    begin = -whole.ctypes.data % HUGE_PAGE
+    aligned = whole[begin : begin + CHUNK]
+    aligned[::PAGE] = 0
+    return aligned.data
+
+
 @contextmanager
 def _opened(chunks: Sequence[Chunk], mode: Mode) -> Iterator[dict[Path, int]]:
     flags = os.O_RDONLY | (os.O_DIRECT if mode.direct else 0)
@@ -124,8 +141,7 @@ def measure(mode: Mode, chunks: Sequence[Chunk]) -> Reading:
     local, started_threads = threading.local(), threading.Barrier(mode.threads)
 
     def prepare(_: int) -> None:
-        local.buffer = memoryview(mmap.mmap(-1, CHUNK))
-        local.buffer[::PAGE] = bytes(len(local.buffer[::PAGE]))  # its pages exist before the clock runs
+        local.buffer = _buffer()
         started_threads.wait()
 
     def read(chunk: Chunk) -> int:

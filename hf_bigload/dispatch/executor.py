@@ -31,7 +31,7 @@ from ..errors import OffloadedWeightError
 from .machine import CPU_DEVICE, Machine
 from .moving import map_tensors
 from .prefetch import Ahead, Prefetcher, Recipe, Sent, Stop
-from .residency import MemoryResident, Residency, resting, state_of, version_of
+from .residency import MemoryResident, Residency, State, resting, state_of, version_of
 from .ring import Slot, address_of, span_bytes
 from .stats import Stats
 from .transfer import Transfer
@@ -59,6 +59,8 @@ class Item:
     arrived: torch.Tensor | None = None
     version: int = 0
     """Of what is used, when it arrived."""
+    state: State | None = None
+    """The weight's since it appeared, if nobody touches it."""
     stand_in: torch.Tensor | None = None
     before: torch.Tensor | None = None
     """Of a small weight, what arrived: a write through `.data` leaves no other trace."""
@@ -69,10 +71,16 @@ class Item:
         if self.arrived.device.type == "cpu" and span_bytes(self.arrived) <= COMPARED_BYTES:
             self.before = self.arrived.clone()
         if self.swaps:
-            self.version = version_of(self.tensor)
             self.tensor.data = self.arrived
+            self.state = state_of(self.tensor)
+            self.version = self.state[1]
         elif self.leaf is None:
             self.stand_in = self.arrived.data  # with a version of its own: those of a slot's views count together
+
+    def is_untouched(self) -> bool:
+        """Whether that is certain at a glance: the weight itself came, and no kernel writes to it uncounted."""
+        certain = self.state is not None and self.before is None and type(self.tensor) is nn.Parameter
+        return certain and self.state == state_of(self.tensor)
 
     def handed_out(self) -> torch.Tensor:
         if self.swaps:
@@ -115,9 +123,9 @@ class Fetch:
 
     def take_over(self, sent: Sent, ahead: Ahead) -> torch.Tensor:
         """Use a weight that was sent ahead: its transfer is this fetch's to release."""
-        if sent.transfer in ahead.transfers:
+        if sent.transfer not in self.transfers:
             self.transfers.append(sent.transfer)
-            ahead.transfers.remove(sent.transfer)
+            ahead.used.append(sent.transfer)
         return sent.data
 
     def item_of(self, tensor: torch.Tensor) -> Item | None:
@@ -192,8 +200,7 @@ class Executor:
             CheckpointError: the file it rests in changed or is damaged.
             torch.OutOfMemoryError: the device has no room for them.
         """
-        coming = {id(tensor): tensor for tensor in tensors if self._thread.find(tensor, scope.device) is None}
-        wanted, ahead = list(coming.values()), ahead or Ahead()
+        wanted, ahead = self._thread.lacks(tensors, scope.device), ahead or Ahead()
         while wanted:
             try:
                 mine, joined = self._claim(scope, wanted, at_home, ahead)
@@ -202,8 +209,8 @@ class Executor:
             try:
                 self._bring(mine, scope)
                 if all([fetch.arrived() for fetch in joined]):
-                    stand_ins = {id(item.tensor): item.handed_out() for item in mine.items}
-                    scope.held.update((id(tensor), stand_ins.get(id(tensor), tensor)) for tensor in wanted)
+                    scope.held.update(zip(map(id, wanted), wanted, strict=True))
+                    scope.held.update((id(item.tensor), item.handed_out()) for item in mine.items if not item.swaps)
                     return
             except BaseException:
                 self._give_back(scope, [mine, *joined])
@@ -221,12 +228,16 @@ class Executor:
         mine, joined = Fetch(scope.device, scope), dict[int, Fetch]()
         with self._changed:
             self._wait_for_leaves(scope, tensors)
+            graph = scope.is_entered and torch.is_grad_enabled()
             for tensor in tensors:
                 live = self._placed.get(id(tensor))
+                sent = ahead.use(tensor) if live is None else None
                 if live is not None and live.device == scope.device:
                     joined[id(live)] = live
+                elif sent is not None and not graph and self._may_swap(tensor):
+                    mine.items.append(Item(tensor, sent.residency, swaps=True, arrived=mine.take_over(sent, ahead)))
                 else:
-                    self._add(mine, tensor, live, scope, at_home, ahead if live is None else None)
+                    self._add(mine, tensor, live, scope, at_home, ahead, sent)
             for fetch in (*joined.values(), mine) if mine.items or mine.pinned else joined.values():
                 scope.fetches.append(fetch)  # first: what a scope does not know of, it cannot give back
                 fetch.users.add(scope)
@@ -256,9 +267,15 @@ class Executor:
         return item is not None and live is not None and item.residency.home.device != live.device
 
     def _add(
-        self, mine: Fetch, tensor: torch.Tensor, live: Fetch | None, scope: Scope, at_home: bool, ahead: Ahead | None
+        self,
+        mine: Fetch,
+        tensor: torch.Tensor,
+        live: Fetch | None,
+        scope: Scope,
+        at_home: bool,
+        ahead: Ahead,
+        sent: Sent | None,
     ) -> None:
-        sent = None if ahead is None else ahead.use(tensor)
         residency = self._residency(tensor, live) if sent is None else sent.residency
         rests_here = residency.home.device == mine.device
         if live is None and rests_here and (at_home or not residency.streams):
@@ -271,7 +288,7 @@ class Executor:
             item.leaf = tensor.view_as(tensor) if tensor.requires_grad else None
         if rests_here and not item.swaps:
             item.arrived = residency.home
-        elif ahead is not None and sent is not None:
+        elif sent is not None:
             item.arrived = mine.take_over(sent, ahead)
         else:
             self._check_can_travel(tensor)
@@ -302,6 +319,8 @@ class Executor:
             if missing:
                 self._send(fetch, missing, scope.lasting)
             stalled = sum([transfer.wait() for transfer in fetch.transfers])
+            for transfer in fetch.transfers:
+                transfer.tensors = []  # what a slot is looked at by shows when it is given back
             for item in fetch.items:
                 item.appear()
         if fetch.transfers:
@@ -315,7 +334,6 @@ class Executor:
             fetch.transfers.append(transfer)
             for item, data in zip(group, transfer.tensors, strict=True):
                 item.arrived = data
-            transfer.tensors.clear()
 
     def send_ahead(self, stop: Stop, must_keep: bool) -> Ahead | None:
         if stop.recipe is not None and not self.machine.has_room(stop.recipe.largest, stop.runs_on):
@@ -325,14 +343,14 @@ class Executor:
             recipe = self._recipe(stop, weights)
         if must_keep and not recipe.keeps:
             return None
-        ahead = Ahead(recipe.keeps)
+        ahead = Ahead(recipe)
         with _outside_autograd():
-            for load, group in recipe.loads:
+            for load, _ in recipe.loads:
                 transfer = self.machine.send_ahead(load, stop.runs_on)
                 if transfer is None:
                     ahead.drop()
                     return None
-                ahead.add(transfer, group)
+                ahead.transfers.append(transfer)
         return ahead
 
     def _recipe(self, stop: Stop, weights: Sequence[torch.Tensor]) -> Recipe:
@@ -345,7 +363,7 @@ class Executor:
         with _outside_autograd():
             groups = _by_kind(wanted, lambda pair: pair[1]).items()
             loads = [(kind.load([r for _, r in group], device), group) for kind, group in groups]
-        stop.recipe = Recipe(free, [state_of(t) for t in free], loads, all(r.keeps for _, r in wanted))
+        stop.recipe = Recipe(free, [state_of(t) for t in free], loads)
         return stop.recipe
 
     def _sendable(self, tensor: torch.Tensor, device: torch.device) -> Residency | None:
@@ -396,7 +414,9 @@ class Executor:
         tensor, home, arrived = item.tensor, item.residency.home, item.arrived
         if arrived is None:
             return
-        if not item.swaps:
+        if item.is_untouched():
+            tensor.data = home
+        elif not item.swaps:
             used = arrived if item.stand_in is None else item.stand_in.detach()
             if item.is_written() or not _is_same_view(used, arrived):
                 _overwrite(home, used)
@@ -531,6 +551,12 @@ class _Thread(threading.local):
 
     def __init__(self) -> None:
         self.scopes: list[Scope] = []
+
+    def lacks(self, tensors: Iterable[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
+        """Those of `tensors` that this thread does not have on `device`, each once."""
+        if not any(scope.held for scope in self.scopes):
+            return list({id(tensor): tensor for tensor in tensors}.values())
+        return list({id(tensor): tensor for tensor in tensors if self.find(tensor, device) is None}.values())
 
     def find(self, tensor: torch.Tensor, device: torch.device) -> torch.Tensor | None:
         """What this thread already has as `tensor` on `device`."""
@@ -771,7 +797,14 @@ class WatchedParameters(dict[str, Any]):
 
     def __getitem__(self, name: str) -> Any:
         tensor = super().__getitem__(name)
-        return tensor if tensor is None else self.executor.see(tensor, self.device)
+        if tensor is None:
+            return None
+        scopes = self.executor._thread.scopes
+        if scopes:  # what `see` would find first, without a call: every module reads its weights here
+            held = scopes[-1].held.get(id(tensor))
+            if held is not None and held.device == scopes[-1].device:
+                return held
+        return self.executor.see(tensor, self.device)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> WatchedParameters:
         copied = {name: deepcopy(tensor, memo) for name, tensor in self.items()}

@@ -59,12 +59,17 @@ class Recipe:
     states: list[State]
     loads: list[tuple[Load, list[tuple[torch.Tensor, Residency]]]]
     """What has to come, and what of it travels together."""
-    keeps: bool
-    """Whether it may be sent ahead while anybody may write to weights at rest."""
 
-    @property
-    def largest(self) -> Load | None:
-        return max((load for load, _ in self.loads), key=lambda load: load.nbytes, default=None)
+    def __post_init__(self) -> None:
+        self.keeps = all(residency.keeps for _, group in self.loads for _, residency in group)
+        """Whether it may be sent ahead while anybody may write to weights at rest."""
+        self.largest = max((load for load, _ in self.loads), key=lambda load: load.nbytes, default=None)
+        self.where = {
+            id(tensor): (number, position, residency)
+            for number, (_, group) in enumerate(self.loads)
+            for position, (tensor, residency) in enumerate(group)
+        }
+        """Tensor id -> the number of its load, its position in that, and where it rests."""
 
     def fits(self, weights: Sequence[torch.Tensor]) -> bool:
         """Whether these are the same, and untouched as far as that is seen without effort."""
@@ -85,29 +90,31 @@ class Sent(NamedTuple):
 class Ahead:
     """All that was sent ahead for one block, by one thread."""
 
-    def __init__(self, keeps: bool = True) -> None:
-        self.keeps = keeps
+    def __init__(self, recipe: Recipe | None = None) -> None:
+        self.recipe = recipe
         self.thread = threading.get_ident()
         self.transfers: list[Transfer] = []
-        self.sent: dict[int, Sent] = {}
-        """By tensor id."""
+        """In the order of the recipe's loads."""
+        self.used: list[Transfer] = []
+        """Those of them that somebody took over."""
 
-    def add(self, transfer: Transfer, weights: Sequence[tuple[torch.Tensor, Residency]]) -> None:
-        self.transfers.append(transfer)
-        for (tensor, residency), data in zip(weights, transfer.tensors, strict=True):
-            self.sent[id(tensor)] = Sent(residency, data, transfer)
-        transfer.tensors.clear()
+    @property
+    def keeps(self) -> bool:
+        return self.recipe is None or self.recipe.keeps
 
     def use(self, tensor: torch.Tensor) -> Sent | None:
         """What was sent of a weight that rests here now, if it is what would be sent now."""
-        sent = self.sent.get(id(tensor))
-        return sent if sent is not None and sent.residency.is_current(tensor) else None
+        where = None if self.recipe is None else self.recipe.where.get(id(tensor))
+        if where is None or not where[2].is_current(tensor):
+            return None
+        transfer = self.transfers[where[0]]
+        return Sent(where[2], transfer.tensors[where[1]], transfer)
 
     def drop(self) -> None:
         """Give back what nobody took over."""
-        self.sent.clear()
         for transfer in self.transfers:
-            transfer.release()
+            if transfer not in self.used:
+                transfer.release()
 
     @property
     def is_settled(self) -> bool:

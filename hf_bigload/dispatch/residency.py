@@ -9,7 +9,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import partial
-from typing import NamedTuple
 
 import torch
 
@@ -17,7 +16,7 @@ from ..checkpoint.mapping import dirty_pages
 from ..checkpoint.reader import layout
 from ..specs import TensorEntry
 from .machine import CPU_DEVICE, Load, Machine
-from .ring import DeviceSlot, HostSlot, Ring, Slot, address_of, span_bytes
+from .ring import DeviceSlot, HostSlot, Look, Ring, Slot, address_of, span_bytes
 from .transfer import Packing, Transfer, then
 
 COPIED_AT_ONCE = 256 * 1024
@@ -118,16 +117,6 @@ def resting(tensor: torch.Tensor) -> MemoryResident:
 # ---------------------------------------------------------------- loads
 
 
-class Look(NamedTuple):
-    """What a weight looks like where it arrived: `position` in bytes of the slot."""
-
-    position: int
-    dtype: torch.dtype
-    shape: torch.Size | tuple[int, ...]
-    stride: tuple[int, ...]
-    nbytes: int
-
-
 class _FromMemory:
     """Copies of tensors in memory, packed in one slot."""
 
@@ -142,22 +131,24 @@ class _FromMemory:
             Look(at, home.dtype, home.shape, home.stride(), span)
             for at, home, span in zip(packing.positions, homes, spans, strict=True)
         ]
-        self.pieces = [(_bytes_of(homes[run.first], run.nbytes), run.position) for run in packing.runs]
-        pageable = any(piece.device.type == "cpu" and not piece.is_pinned() for piece, _ in self.pieces)
+        self.pieces = [_bytes_of(homes[run.first], run.nbytes) for run in packing.runs]
+        self.places = [(run.position, run.nbytes) for run in packing.runs]
+        pageable = any(piece.device.type == "cpu" and not piece.is_pinned() for piece in self.pieces)
         self.waits = pageable and self.nbytes > COPIED_AT_ONCE
         """The driver copies through memory of its own, and whoever asks it has to wait for that."""
 
     def start(self, machine: Machine, ring: Ring, slot: Slot, stage: Slot | None) -> Transfer:
-        transfer = Transfer(ring, slot, [slot.view(*look) for look in self.looks], bytes_copied=self.copied)
+        transfer = Transfer(ring, slot, slot.views(self, self.looks), bytes_copied=self.copied)
         if isinstance(slot, DeviceSlot):
-            issue = partial(_issue, slot, self.pieces, machine.copy_stream(self.device))
+            issue = partial(_issue, slot, self.places, self.pieces, machine.copy_stream(self.device))
             if self.waits:
                 transfer.begin(partial(machine.reader.submit, [issue]))
             else:
                 transfer.do(issue)
             return transfer
-        for piece, position in self.pieces:
-            slot.view(position, torch.uint8, piece.shape, (1,), piece.numel()).copy_(piece)
+        assert isinstance(slot, HostSlot)
+        for piece, (position, nbytes) in zip(self.pieces, self.places, strict=True):
+            slot.view(position, torch.uint8, (nbytes,), (1,), nbytes).copy_(piece)
         return transfer
 
 
@@ -174,7 +165,7 @@ class _FromFiles:
 
     def start(self, machine: Machine, ring: Ring, slot: Slot, stage: Slot | None) -> Transfer:
         assert isinstance(slot, HostSlot)
-        transfer = Transfer(ring, slot, [slot.view(*look) for look in self.looks], bytes_read=self.read)
+        transfer = Transfer(ring, slot, slot.views(self, self.looks), bytes_read=self.read)
         before = slot.wait_for_copies if slot.events else None
         transfer.begin(partial(machine.reader.read, self.layout.extents, slot.buffer, before))
         return transfer
@@ -191,18 +182,20 @@ class _ThroughTheHost:
         self.nbytes, self.copied = packing.nbytes, sum(sizes)
         self.read = sum(extent.nbytes for extent in self.layout.extents)
         self.looks = _looks(packing.positions, entries)
-        self.runs = [(self.layout.positions[run.first], run) for run in packing.runs]
+        self.places = [(run.position, run.nbytes) for run in packing.runs]
+        self.staged_at = [self.layout.positions[run.first] for run in packing.runs]
 
     def start(self, machine: Machine, ring: Ring, slot: Slot, stage: Slot | None) -> Transfer:
         assert isinstance(slot, DeviceSlot) and isinstance(stage, HostSlot)
         staging, stream = machine.ring(CPU_DEVICE), machine.copy_stream(slot.device)
-        tensors = [slot.view(*look) for look in self.looks]
+        tensors = slot.views(self, self.looks)
         transfer = Transfer(ring, slot, tensors, bytes_read=self.read, bytes_copied=self.copied)
-        pieces = [(stage.view(at, torch.uint8, (run.nbytes,), (1,), run.nbytes), run.position) for at, run in self.runs]
+        runs = zip(self.staged_at, self.places, strict=True)
+        pieces = [stage.view(at, torch.uint8, (nbytes,), (1,), nbytes) for at, (_, nbytes) in runs]
         stage.is_written = True
 
         def copy() -> None:
-            _issue(slot, pieces, stream)
+            _issue(slot, self.places, pieces, stream)
             stage.used(slot.filled_by)
 
         def give_back() -> None:
@@ -233,11 +226,16 @@ def _bytes_of(home: torch.Tensor, nbytes: int) -> torch.Tensor:
     return torch.empty(0, dtype=torch.uint8, device=home.device).set_(home.untyped_storage(), offset, (nbytes,), (1,))
 
 
-def _issue(slot: DeviceSlot, pieces: Sequence[tuple[torch.Tensor, int]], stream: torch.Stream) -> int:
-    """Copy pieces of memory to their positions in a slot, on `stream`, after whatever used the slot before."""
+def _issue(
+    slot: DeviceSlot, places: Sequence[tuple[int, int]], pieces: Sequence[torch.Tensor], stream: torch.Stream
+) -> int:
+    """Copy pieces of memory to their places (position, bytes) in a slot, on `stream`, after whatever used it before."""
     with stream:
         slot.wait_on(stream)
-        for piece, position in pieces:
-            slot.bytes[position : position + piece.numel()].copy_(piece, non_blocking=True)
+        if len(places) == 1:
+            slot.bytes.narrow(0, *places[0]).copy_(pieces[0], non_blocking=True)
+        else:
+            into = [slot.bytes.narrow(0, position, nbytes) for position, nbytes in places]
+            torch._foreach_copy_(into, list(pieces), non_blocking=True)
         slot.filled(stream)
     return 0  # bytes read

@@ -12,8 +12,8 @@ import os
 import threading
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from typing import Any, ClassVar
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch.utils.dlpack import from_dlpack, to_dlpack
@@ -29,6 +29,16 @@ _MAX_PARTS = 256
 
 POISON = os.environ.get("HF_BIGLOAD_POISON") == "1"
 """Tests overwrite released slots with NaN, so that a use after release shows."""
+
+
+class Look(NamedTuple):
+    """What a tensor looks like in a slot: `nbytes` bytes from `position` on."""
+
+    position: int
+    dtype: torch.dtype
+    shape: torch.Size | tuple[int, ...]
+    stride: tuple[int, ...]
+    nbytes: int
 
 
 class Memory(ABC):
@@ -80,6 +90,8 @@ class Memory(ABC):
 
     def events_over(self, start: int, end: int) -> list[torch.Event]:
         """Of the uses of these bytes so far. They are forgotten here: whoever asks waits for them, and comes after."""
+        if not self.last_uses:
+            return []
         events, others = [], []
         for first, last, event in self.last_uses:
             if first < end and start < last:
@@ -91,7 +103,7 @@ class Memory(ABC):
 
 
 class Slot(ABC):
-    """Some bytes of a memory, and tensors of them: `view`."""
+    """Some bytes of a memory, and tensors of them."""
 
     def __init__(self, memory: Memory, start: int, nbytes: int) -> None:
         self.memory, self.start, self.capacity = memory, start, nbytes
@@ -103,19 +115,12 @@ class Slot(ABC):
     address: int
 
     @abstractmethod
-    def view(
-        self,
-        position: int,
-        dtype: torch.dtype,
-        shape: torch.Size | tuple[int, ...],
-        stride: tuple[int, ...],
-        nbytes: int,
-    ) -> torch.Tensor:
-        """`nbytes` bytes from `position` on, as a tensor."""
+    def views(self, key: object, looks: Sequence[Look]) -> list[torch.Tensor]:
+        """A tensor of the slot's bytes for each look. `key` stands for these looks, whatever slot they are asked of."""
 
     @abstractmethod
     def is_viewed(self) -> bool:
-        """Whether a tensor that `view` made, or a view of one, is still alive."""
+        """Whether a tensor that `views` made, or a view of one, is still alive."""
 
     @abstractmethod
     def poison(self) -> None:
@@ -175,6 +180,9 @@ class HostSlot(Slot):
     def buffer(self) -> memoryview:
         """The slot's bytes, to be read into."""
         return memoryview(self.memory.buffer)[self.start : self.start + self.capacity]
+
+    def views(self, key: object, looks: Sequence[Look]) -> list[torch.Tensor]:
+        return [self.view(*look) for look in looks]
 
     def view(
         self,
@@ -247,6 +255,7 @@ class _Part:
         self.bytes = from_dlpack(to_dlpack(view))
         self._storage = self.bytes.untyped_storage()
         self._typed: dict[torch.dtype, torch.Tensor] = {}
+        self._views: weakref.WeakKeyDictionary[Any, list[torch.Tensor]] = weakref.WeakKeyDictionary()
         self._unviewed = _holders(self._storage)
 
     def typed(self, dtype: torch.dtype) -> torch.Tensor:
@@ -255,11 +264,21 @@ class _Part:
         if typed is None:
             whole = self.bytes.numel() // dtype.itemsize * dtype.itemsize
             typed = self._typed[dtype] = self.bytes[:whole].view(dtype)
-            self._unviewed += 1
         return typed
 
+    def views(self, key: object, looks: Sequence[Look]) -> list[torch.Tensor]:
+        """A tensor for each look; made once for each `key`, as every call of torch costs more than all else here."""
+        views = self._views.get(key)
+        if views is None:
+            elements = ((self.typed(look.dtype), look) for look in looks)
+            views = [e.as_strided(look.shape, look.stride, look.position // e.element_size()) for e, look in elements]
+            self._views[key] = views
+        return list(views)
+
     def is_viewed(self) -> bool:
-        return _holders(self._storage) > self._unviewed
+        """Whether anybody else has such a view, or a view of one."""
+        own = len(self._typed) + sum(map(len, self._views.values()))
+        return _holders(self._storage) > self._unviewed + own
 
 
 class DeviceSlot(Slot):
@@ -275,15 +294,8 @@ class DeviceSlot(Slot):
         self.bytes = self._part.bytes
         self.filled_by: torch.Event | None = None
 
-    def view(
-        self,
-        position: int,
-        dtype: torch.dtype,
-        shape: torch.Size | tuple[int, ...],
-        stride: tuple[int, ...],
-        nbytes: int,
-    ) -> torch.Tensor:
-        return self._part.typed(dtype).as_strided(shape, stride, position // dtype.itemsize)
+    def views(self, key: object, looks: Sequence[Look]) -> list[torch.Tensor]:
+        return self._part.views(key, looks)
 
     def is_viewed(self) -> bool:
         return self._part.is_viewed()
@@ -418,7 +430,7 @@ class Ring:
 
     def _is_lost(self, memory: Memory) -> bool:
         """Whether all that is taken of a memory was lost by interrupts."""
-        return bool(memory.taken) and not any(slot.memory is memory for slot in (*self._lent, *self._escaped))
+        return bool(memory.taken) and not self._lent and not self._escaped
 
     def _renewed(self, nbytes: int) -> Slot | None:
         """A slot in a new ring where what somebody kept, or an interrupt lost, blocks the old one."""

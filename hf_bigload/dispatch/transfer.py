@@ -59,7 +59,7 @@ class Transfer:
 
     def release(self) -> None:
         """Give the slot back, as soon as nobody writes to it any more. Repeating it does no harm."""
-        self.tensors.clear()
+        self.tensors = []
         if self.coming is None:
             self.ring.give(self.slot)
         else:

@@ -29,7 +29,7 @@ from hf_bigload.dispatch import executor
 from hf_bigload.dispatch import ring as ring_module
 from hf_bigload.dispatch.attach import detach
 from hf_bigload.dispatch.executor import Executor, Machine, watch
-from hf_bigload.dispatch.ring import HostSlot, Ring
+from hf_bigload.dispatch.ring import HostSlot, Look, Ring
 from hf_bigload.errors import CheckpointError, OffloadedWeightError
 from tests import simdev
 
@@ -142,7 +142,7 @@ class TestSlots:
         with simdev.devices([None]):
             ring = Ring(torch.device("sim:0"), 4096)
             slot = ring.take(4096)
-            seen = slot.view(512, torch.float32, (4,), (1,), 16).fill_(7)[1:]
+            seen = slot.views(ring, [Look(512, torch.float32, (4,), (1,), 16)])[0].fill_(7)[1:]
             ring.give(slot)
             assert ring.take(4096) is not slot
             assert (seen.cpu() == 7).all()
