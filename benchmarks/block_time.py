@@ -27,16 +27,19 @@ WIDTH = 8
 
 
 class Block(nn.Module):
-    """The feed-forward half of a transformer's layer: a norm and two linear maps."""
+    """The nine modules with weights that a decoder's layer has today, without the attention between them."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(WIDTH)
-        self.up = nn.Linear(WIDTH, 2 * WIDTH)
-        self.down = nn.Linear(2 * WIDTH, WIDTH)
+        self.norms = nn.ModuleList(nn.RMSNorm(WIDTH) for _ in range(2))
+        self.maps = nn.ModuleList(nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(7))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x + self.down(torch.tanh(self.up(self.norm(x))))
+        q, k, v, out, gate, up, down = self.maps
+        h = self.norms[0](x)
+        x = x + out(q(h) + k(h) + v(h))
+        h = self.norms[1](x)
+        return x + down(torch.tanh(gate(h)) * up(h))
 
 
 class Stack(nn.Module):

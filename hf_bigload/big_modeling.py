@@ -486,7 +486,7 @@ def _settle(model: nn.Module, materializer: Materializer, values: _Values) -> No
         if entry is not None:
             settled = materializer.load(names[0], entry, tensor.dtype)
         elif tensor.device.type != "meta":
-            settled = materializer.place(names[0], tensor.detach())
+            settled = materializer.place(names[0], tensor.detach(), packed=True)
         else:
             given = next((values.state_dict[n] for n in names if n in values.state_dict), None)
             if given is None:

@@ -18,7 +18,7 @@ import torch
 from .arrivals import Arrivals
 from .checkpoint.formats import load_bin
 from .checkpoint.mapping import MappedFiles
-from .checkpoint.reader import Reader, page_buffer
+from .checkpoint.reader import Reader, huge_pages_are_kept, page_buffer
 from .checkpoint.spill import SpillFolder
 from .checkpoint.spill_cache import Slot, SpillCache
 from .dispatch.executor import Executor
@@ -244,7 +244,7 @@ class Materializer:
             if packed is not None:
                 return packed
             count = math.prod(shape)
-            pages = page_buffer(phase + count * dtype.itemsize)
+            pages = page_buffer(phase + count * dtype.itemsize, huge=huge_pages_are_kept())
             return torch.frombuffer(pages, dtype=dtype, count=count, offset=phase).view(shape)
 
     def _packed(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor | None:

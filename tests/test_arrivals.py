@@ -8,7 +8,6 @@ import math
 import subprocess
 import sys
 import threading
-import weakref
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +101,7 @@ def test_in_ram_a_tensor_has_the_bits_and_the_residue_of_a_plain_load(
     for name, plain in load_file(saved).items():
         if plain.numel() > 1:
             assert tensors[name].data_ptr() % 64 == plain.to(dtype).data_ptr() % 64
-            assert tensors[name].untyped_storage().data_ptr() <= tensors[name].data_ptr()
+            assert tensors[name].untyped_storage().data_ptr() == tensors[name].data_ptr()
             assert tensors[name]._version == 0 or plain.nbytes < materialize.ASIDE_FROM
 
 
@@ -224,18 +223,6 @@ def test_bytes_outside_their_tensors_are_bounded(saved: str, monkeypatch: pytest
             coming.bring(name, index[name], MappedFiles().tensor(index[name]), target)
         coming.finish()
     assert sum(made) <= 2 * arrivals._Stage.NBYTES
-
-
-def test_an_interrupt_leaves_no_thread_at_work(saved: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    index = build_index([saved])
-    materializer = Materializer(plan_of("cpu", "cpu"), index.stamps)
-    tensor = materializer.load("layer.a", index["layer.a"], torch.bfloat16)
-    gone = weakref.ref(tensor.untyped_storage())
-    del tensor  # the threads have the memory as long as they write to it
-    materializer.abandon()
-    materializer.reader.close()
-    gc.collect()
-    assert gone() is None
 
 
 # --------------------------------------------------------------------------------------------------------- failures

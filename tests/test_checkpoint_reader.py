@@ -138,6 +138,17 @@ def test_a_page_buffer_is_aligned_zeroed_and_of_the_size_asked_for() -> None:
     assert len(page_buffer(0)) == PAGE
 
 
+@pytest.mark.parametrize(("content", "kept"), [(None, True), ("-1\n", True), ("9\n", False), ("", True)])
+def test_a_virtual_machine_that_gives_huge_pages_back_is_known(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str | None, kept: bool
+) -> None:
+    if content is not None:
+        (tmp_path / "order").write_text(content)
+    monkeypatch.setattr(reader, "_PAGE_REPORTING", str(tmp_path / "order"))
+    assert reader.huge_pages_are_kept.__wrapped__() is kept
+    assert page_buffer(3 * PAGE, huge=kept)[:] == bytes(3 * PAGE)
+
+
 # ----------------------------------------------------------------------------------------------- the same bytes
 
 

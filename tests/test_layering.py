@@ -33,6 +33,8 @@ WITHOUT_TORCH = [
     "hf_bigload.checkpoint.index",
     "hf_bigload.checkpoint.reader",
     "hf_bigload.checkpoint.spill",
+    "hf_bigload.checkpoint.spill_cache",
+    "hf_bigload.cli",
     "hf_bigload.errors",
     "hf_bigload.hardware",
     "hf_bigload.planner",

@@ -90,17 +90,35 @@ def layout(entries: Sequence[TensorEntry]) -> Layout:
     return Layout(filled, tuple(positions), tuple(extents))
 
 
-def page_buffer(nbytes: int, kind: type[mmap.mmap] = mmap.mmap) -> mmap.mmap:
+def page_buffer(nbytes: int, kind: type[mmap.mmap] = mmap.mmap, huge: bool = True) -> mmap.mmap:
     """A zeroed, page-aligned buffer of `nbytes` bytes (at least one page), private to this process.
 
-    Private, because a mapping that a forked child shared with its parent would be read into by both.
+    Private, because a mapping that a forked child shared with its parent would be read into by both. `huge`: of huge
+    pages, where there are any.
     """
     buffer = kind(-1, nbytes or PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
+    if huge and hasattr(mmap, "MADV_HUGEPAGE"):
         # O_DIRECT pins every page it reads into: huge ones made reads 1.3 to 2.5 times as fast where this was measured
         with contextlib.suppress(OSError):
             buffer.madvise(mmap.MADV_HUGEPAGE)
     return buffer
+
+
+_PAGE_REPORTING = "/sys/module/page_reporting/parameters/page_reporting_order"
+
+
+@functools.cache
+def huge_pages_are_kept() -> bool:
+    """Whether free huge pages stay with this system.
+
+    A virtual machine may give them back to its host. To touch one then took ten times as long as where they are kept,
+    and three times as long as the same bytes of small pages.
+    """
+    try:
+        with open(_PAGE_REPORTING) as order:
+            return int(order.read()) < 0  # the size from which free pages are reported to the host
+    except (OSError, ValueError):
+        return True
 
 
 def _round_up(nbytes: int) -> int:

@@ -60,7 +60,7 @@ class Item:
     version: int = 0
     """Of what is used, when it arrived."""
     state: State | None = None
-    """The weight's since it appeared, if nobody touches it."""
+    """The weight's from when it appears on, if nobody touches it."""
     stand_in: torch.Tensor | None = None
     before: torch.Tensor | None = None
     """Of a small weight, what arrived: a write through `.data` leaves no other trace."""
@@ -72,7 +72,7 @@ class Item:
             self.before = self.arrived.clone()
         if self.swaps:
             self.tensor.data = self.arrived
-            self.state = state_of(self.tensor)
+            self.state = self.state or state_of(self.tensor)
             self.version = self.state[1]
         elif self.leaf is None:
             self.stand_in = self.arrived.data  # with a version of its own: those of a slot's views count together
@@ -114,6 +114,8 @@ class Fetch:
     """Weights that are used where they rest, and must not be taken elsewhere meanwhile."""
     transfers: list[Transfer] = field(default_factory=list)
     users: set[Scope] = field(default_factory=set)
+    shared: bool = False
+    """Whether there were several at once."""
     ready: threading.Event = field(default_factory=threading.Event)
     failed: bool = False
 
@@ -235,11 +237,13 @@ class Executor:
                 if live is not None and live.device == scope.device:
                     joined[id(live)] = live
                 elif sent is not None and not graph and self._may_swap(tensor):
-                    mine.items.append(Item(tensor, sent.residency, swaps=True, arrived=mine.take_over(sent, ahead)))
+                    arrived = mine.take_over(sent, ahead)
+                    mine.items.append(Item(tensor, sent.residency, swaps=True, arrived=arrived, state=sent.state))
                 else:
                     self._add(mine, tensor, live, scope, at_home, ahead, sent)
             for fetch in (*joined.values(), mine) if mine.items or mine.pinned else joined.values():
                 scope.fetches.append(fetch)  # first: what a scope does not know of, it cannot give back
+                fetch.shared |= bool(fetch.users)
                 fetch.users.add(scope)
             for tensor in (*mine.pinned, *(item.tensor for item in mine.items if item.swaps)):
                 self._placed[id(tensor)] = mine
@@ -324,7 +328,7 @@ class Executor:
             for item in fetch.items:
                 item.appear()
         if fetch.transfers:
-            self._count(scope.name, fetch.transfers, seconds_stalled=stalled, **{"misses" if missing else "hits": 1})
+            self._count(scope.name, fetch.transfers, stalled, int(not missing), int(bool(missing)))
         fetch.ready.set()
 
     def _send(self, fetch: Fetch, items: list[Item], lasting: bool) -> None:
@@ -374,9 +378,11 @@ class Executor:
         residency: Residency = record if record is not None and record.state == state_of(tensor) else resting(tensor)
         return None if residency.home.device == device and not residency.streams else residency
 
-    def _count(self, block: str, transfers: list[Transfer], **amounts: float) -> None:
-        read, copied = sum(t.bytes_read for t in transfers), sum(t.bytes_copied for t in transfers)
-        self.machine.stats.add(block, bytes_read=read, bytes_copied=copied, **amounts)
+    def _count(
+        self, block: str, transfers: list[Transfer], stalled: float = 0.0, hits: int = 0, misses: int = 0
+    ) -> None:
+        read, copied = sum([t.bytes_read for t in transfers]), sum([t.bytes_copied for t in transfers])
+        self.machine.stats.add(block, read, copied, stalled, hits, misses)
 
     def _give_back(self, scope: Scope, fetches: list[Fetch]) -> None:
         with self._changed:
@@ -394,6 +400,8 @@ class Executor:
         if not fetch.ready.is_set():
             fetch.failed = True
         with _outside_autograd():
+            for slot in fetch.slots if fetch.shared else ():
+                slot.follow()  # what others wrote there goes home, too
             while fetch.items:
                 self._send_home(fetch.items[-1], fetch)
                 self._unplace(fetch.items[-1].tensor, fetch)
@@ -596,6 +604,7 @@ class Scope:
         self.executor.release(self)
         if self.is_entered and not self.executor._thread.scopes:
             self.executor.prefetcher.come_out()
+            self.executor.machine.wait_for_homes()
 
     def keep(self, output: Any) -> Any:
         """`output` with every tensor that looks into a slot cloned: the slot will hold other weights soon."""

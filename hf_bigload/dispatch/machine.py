@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Protocol
 
 import torch
 
 from ..checkpoint.reader import Reader
-from .ring import Ring, Slot
+from .ring import Look, Ring, Slot
 from .stats import Stats
 from .transfer import Transfer
 
@@ -23,6 +23,11 @@ class Load(Protocol):
     """Of the slot that they arrive in."""
     staged: int
     """Bytes of a slot of the host's ring that they pass through; 0 for none."""
+
+    @property
+    def looks(self) -> Sequence[Look]:
+        """What each of them looks like in the slot that they arrive in."""
+        ...
 
     def start(self, machine: Machine, ring: Ring, slot: Slot, stage: Slot | None) -> Transfer:
         """Have the slot filled. It is the transfer's to give back; `stage` goes back when it is no longer needed."""
@@ -40,12 +45,22 @@ class Machine:
         """See `Ring.make_room`."""
         self._ring_bytes = dict(ring_bytes)
         self._copy_streams: dict[torch.device, torch.Stream] = {}
+        self._copying_homes: set[torch.Stream] = set()
 
     def ring(self, device: torch.device) -> Ring:
         return self.rings.get(device) or self._new_ring(device)
 
     def copy_stream(self, device: torch.device) -> torch.Stream:
         return self._copy_streams.get(device) or self._copy_streams.setdefault(device, torch.Stream(device=device))
+
+    def copies_homes(self, stream: torch.Stream) -> None:
+        """Called when copies out of weights at rest were issued on `stream`, of which no thread sees the end."""
+        self._copying_homes.add(stream)
+
+    def wait_for_homes(self) -> None:
+        """Block until nothing that was issued so far copies from weights at rest: now anybody may write to them."""
+        for stream in tuple(self._copying_homes):
+            stream.synchronize()
 
     @cached_property
     def aside(self) -> Machine:

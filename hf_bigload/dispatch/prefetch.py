@@ -18,6 +18,7 @@ import torch
 
 from .machine import Load
 from .residency import Residency, State, state_of
+from .ring import Look
 from .transfer import Transfer
 
 WINDOW = 4
@@ -85,6 +86,13 @@ class Sent(NamedTuple):
     residency: Residency
     data: torch.Tensor
     transfer: Transfer
+    look: Look
+
+    @property
+    def state(self) -> State:
+        """The weight's, once it has this data: known without asking torch, which takes longer."""
+        _position, *look, _nbytes = self.look
+        return (self.transfer.slot.address + self.look.position, self.residency.state[1], *look)  # type: ignore[return-value]
 
 
 class Ahead:
@@ -104,11 +112,14 @@ class Ahead:
 
     def use(self, tensor: torch.Tensor) -> Sent | None:
         """What was sent of a weight that rests here now, if it is what would be sent now."""
-        where = None if self.recipe is None else self.recipe.where.get(id(tensor))
+        if self.recipe is None:
+            return None
+        where = self.recipe.where.get(id(tensor))
         if where is None or not where[2].is_current(tensor):
             return None
         transfer = self.transfers[where[0]]
-        return Sent(where[2], transfer.tensors[where[1]], transfer)
+        look = self.recipe.loads[where[0]][0].looks[where[1]]
+        return Sent(where[2], transfer.tensors[where[1]], transfer, look)
 
     def drop(self) -> None:
         """Give back what nobody took over."""
@@ -228,7 +239,7 @@ class Prefetcher:
     def _chain(self) -> dict[Stop, bool]:
         """The blocks that come next for the calling thread, and for each whether the model is left before it."""
         chain: dict[Stop, bool] = {}
-        (before, last), outside = self._trail.last_two(), False
+        (before, last), outside = self._trail.last_two(), self._trail.came_out
         at = last
         while at is not None and len(chain) < WINDOW:
             step = self._after.get((before, at)) or self._after.get((None, at))

@@ -14,6 +14,7 @@ import torch
 
 from ..checkpoint.mapping import dirty_pages
 from ..checkpoint.reader import layout
+from ..pinned import memory_around
 from ..specs import TensorEntry
 from .machine import CPU_DEVICE, Load, Machine
 from .ring import DeviceSlot, HostSlot, Look, Ring, Slot, address_of, span_bytes
@@ -94,7 +95,7 @@ class DiskResident(Residency):
     keeps = True  # pages of the mapping that were written can be told
 
     def __init__(self, entry: TensorEntry, home: torch.Tensor, tensor: torch.Tensor) -> None:
-        self.entry, self.home = entry, home
+        self.entry, self.home = entry, home.data  # not the very tensor: that is elsewhere at times
         address, _version, *look = state_of(home)
         self.state = (address, version_of(tensor), *look)  # type: ignore[assignment]
 
@@ -123,15 +124,16 @@ class _FromMemory:
     staged = 0
 
     def __init__(self, homes: Sequence[torch.Tensor], device: torch.device) -> None:
-        storages = [home.untyped_storage().data_ptr() for home in homes]
         spans = [span_bytes(home) for home in homes]
-        packing = Packing.of(list(zip(storages, map(address_of, homes), spans, strict=True)))
+        memories = [_memory_of(home) for home in homes]
+        packing = Packing.of(list(zip(map(address_of, memories), map(address_of, homes), spans, strict=True)))
         self.device, self.nbytes, self.copied = device, packing.nbytes, sum(spans)
         self.looks = [
             Look(at, home.dtype, home.shape, home.stride(), span)
             for at, home, span in zip(packing.positions, homes, spans, strict=True)
         ]
-        self.pieces = [_bytes_of(homes[run.first], run.nbytes) for run in packing.runs]
+        sources = [(memories[run.first], run) for run in packing.runs]
+        self.pieces = [memory.narrow(0, run.address - address_of(memory), run.nbytes) for memory, run in sources]
         self.places = [(run.position, run.nbytes) for run in packing.runs]
         pageable = any(piece.device.type == "cpu" and not piece.is_pinned() for piece in self.pieces)
         self.waits = pageable and self.nbytes > COPIED_AT_ONCE
@@ -140,13 +142,16 @@ class _FromMemory:
     def start(self, machine: Machine, ring: Ring, slot: Slot, stage: Slot | None) -> Transfer:
         transfer = Transfer(ring, slot, slot.views(self, self.looks), bytes_copied=self.copied)
         if isinstance(slot, DeviceSlot):
-            issue = partial(_issue, slot, self.places, self.pieces, machine.copy_stream(self.device))
+            stream = machine.copy_stream(self.device)
+            issue = partial(_issue, slot, self.places, self.pieces, stream)
             if self.waits:
                 transfer.begin(partial(machine.reader.submit, [issue]))
             else:
                 transfer.do(issue)
+                machine.copies_homes(stream)
             return transfer
         assert isinstance(slot, HostSlot)
+        slot.wait_for_copies()
         for piece, (position, nbytes) in zip(self.pieces, self.places, strict=True):
             slot.view(position, torch.uint8, (nbytes,), (1,), nbytes).copy_(piece)
         return transfer
@@ -220,17 +225,26 @@ def _contiguous_stride(shape: tuple[int, ...]) -> tuple[int, ...]:
     return torch.empty(shape, device="meta").stride()
 
 
-def _bytes_of(home: torch.Tensor, nbytes: int) -> torch.Tensor:
-    """The `nbytes` bytes of memory from a tensor's first on."""
-    offset = home.storage_offset() * home.element_size()
-    return torch.empty(0, dtype=torch.uint8, device=home.device).set_(home.untyped_storage(), offset, (nbytes,), (1,))
+def _memory_of(home: torch.Tensor) -> torch.Tensor:
+    """The bytes that a tensor lies among: its pack's, or its storage's."""
+    pack = memory_around(home)
+    if pack is not None:
+        return pack
+    storage = home.untyped_storage()
+    return torch.empty(0, dtype=torch.uint8, device=home.device).set_(storage, 0, (storage.nbytes(),), (1,))
+
+
+def _own(stream: torch.Stream) -> torch.Stream:
+    """The same stream, to be made current: the object remembers which one was, and so is one thread's at a time."""
+    kind = stream.device_type
+    return torch.Stream(stream_id=stream.stream_id, device_index=stream.device_index, device_type=kind)
 
 
 def _issue(
     slot: DeviceSlot, places: Sequence[tuple[int, int]], pieces: Sequence[torch.Tensor], stream: torch.Stream
 ) -> int:
     """Copy pieces of memory to their places (position, bytes) in a slot, on `stream`, after whatever used it before."""
-    with stream:
+    with _own(stream):
         slot.wait_on(stream)
         if len(places) == 1:
             slot.bytes.narrow(0, *places[0]).copy_(pieces[0], non_blocking=True)

@@ -151,6 +151,14 @@ class Slot(ABC):
         """Called by each thread when it leaves."""
         return
 
+    def follow(self) -> None:
+        """Let what the calling thread does next come after all that others who have left did."""
+        return
+
+    def forsaken(self) -> None:
+        """Called when the last view that outlived its lease is gone: until then, anybody may have used it."""
+        return
+
 
 class HostMemory(Memory):
     """Anonymous pages: what O_DIRECT reads into, what a CPU computes from, and, pinned, what an accelerator copies."""
@@ -232,10 +240,18 @@ class DeviceMemory(Memory):
         self.bytes = _device_bytes(self.nbytes, device)
         self.address = self.bytes.data_ptr()
         self._parts: dict[tuple[int, int], _Part] = {}
+        current = torch.accelerator.current_stream(device)
+        self.streams = {current}
         for stream in streams:
-            self.bytes.record_stream(stream)
+            self.shared_with(stream)
         # What the allocator gave may still be in use by the stream that freed it, which is the current one
-        self.last_uses.append((0, self.nbytes, torch.accelerator.current_stream(device).record_event()))
+        self.last_uses.append((0, self.nbytes, current.record_event()))
+
+    def shared_with(self, stream: torch.Stream) -> None:
+        """Have the allocator wait for `stream`, too, before it lends the memory again."""
+        if stream not in self.streams:
+            self.bytes.record_stream(stream)
+            self.streams.add(stream)
 
     def slot(self, start: int, nbytes: int) -> DeviceSlot:
         return DeviceSlot(self, start, nbytes)
@@ -301,9 +317,7 @@ class DeviceSlot(Slot):
         return self._part.is_viewed()
 
     def poison(self) -> None:
-        stream = self._stream()
-        for event in self.memory.events_over(self.start, self.start + self.capacity):
-            stream.wait_event(event)
+        self.follow()
         self.bytes.fill_(0xFF)
         self.left()
 
@@ -325,8 +339,21 @@ class DeviceSlot(Slot):
     def left(self) -> None:
         self.used(self._stream().record_event())
 
+    def follow(self) -> None:
+        stream = self._stream()
+        for event in self.memory.events_over(self.start, self.start + self.capacity):
+            stream.wait_event(event)
+        self.left()
+
+    def forsaken(self) -> None:
+        for stream in (self._stream(), *self.memory.streams):
+            self.used(stream.record_event())
+
     def _stream(self) -> torch.Stream:
-        return torch.accelerator.current_stream(self.device)
+        """The current one, which uses the memory from now on."""
+        stream = torch.accelerator.current_stream(self.device)
+        self.memory.shared_with(stream)
+        return stream
 
     def _is_on(self, device: torch.device) -> bool:
         return device == self.device
@@ -457,6 +484,7 @@ class Ring:
         gone = [slot for slot in self._escaped if not slot.is_viewed()]
         self._escaped = [slot for slot in self._escaped if slot not in gone]
         for slot in gone:
+            slot.forsaken()
             self._free(slot)
         return bool(gone)
 

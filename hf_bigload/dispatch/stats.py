@@ -35,13 +35,16 @@ class Stats(Traffic):
     blocks: dict[str, Traffic] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
 
-    def add(self, block: str, **amounts: float) -> None:
-        """Add to fields of `Traffic`, for `block` and in total."""
+    def add(self, block: str, read: int, copied: int, stalled: float = 0.0, hits: int = 0, misses: int = 0) -> None:
+        """Count what came for `block`."""
         with self._lock:
             of_block = self.blocks.get(block) or self.blocks.setdefault(block, Traffic())
-            for name, amount in amounts.items():
-                setattr(self, name, getattr(self, name) + amount)
-                setattr(of_block, name, getattr(of_block, name) + amount)
+            for traffic in (self, of_block):
+                traffic.bytes_read += read
+                traffic.bytes_copied += copied
+                traffic.seconds_stalled += stalled
+                traffic.hits += hits
+                traffic.misses += misses
 
     def reset(self) -> None:
         """Count from zero again."""
