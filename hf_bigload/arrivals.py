@@ -18,7 +18,7 @@ from queue import SimpleQueue
 
 import torch
 
-from .checkpoint.reader import PAGE, Reader
+from .checkpoint.reader import PAGE, Reader, populate
 from .errors import CheckpointError, human_bytes
 from .pinned import HostBuffer, pinned_buffer
 from .specs import TensorEntry
@@ -156,7 +156,9 @@ class _Copying:
             reader.announce(self.entry.file, first, self._at(self.end) - first)
         if cached and self.stream is None:
             for begin, end in self._pieces():
-                convert(self.target[begin:end], self.source[begin:end])
+                target = self.target[begin:end]
+                populate(target.data_ptr(), target.nbytes)
+                convert(target, self.source[begin:end])
         else:
             with self.arrivals.stage() as stage:
                 for begin, end in self._pieces():
@@ -176,6 +178,7 @@ class _Copying:
     def _through(self, stage: _Stage, begin: int, end: int, cached: bool) -> None:
         target = self.target[begin:end]
         if self.stream is None:
+            populate(target.data_ptr(), target.nbytes)
             convert(target, self._read(stage.plain, begin, end))
             return
         half = stage.half(self.target.device)

@@ -17,7 +17,7 @@ from torch import nn
 
 from . import hardware, report, settings
 from .checkpoint.index import open_checkpoint
-from .checkpoint.reader import PAGE, Reader
+from .checkpoint.reader import Reader, layout
 from .device_map import missing_from, normalize_devices, resolve
 from .dispatch.attach import attach, attachment_of, detach, resident_plan
 from .dispatch.executor import Executor, Machine, Stats
@@ -102,21 +102,33 @@ def dispatch(
 ) -> ModelT:
     """Make `model`, whose weights rest where `plan` says, run over it."""
     _settle_buffers(model, plan)
-    rings = {torch_device(name): size + _slack(plan, name) for name, size in plan.ring.items()}
     reader = materializer.reader if materializer is not None else Reader()
     moves = any(name not in (CPU, DISK) for name in plan.devices)
-    executor = Executor(Machine(reader, rings), plan.offload_buffers, watching=moves and _several_places(plan))
+    executor = Executor(Machine(reader, {}), plan.offload_buffers, watching=moves and _several_places(plan))
     if materializer is not None:
         materializer.register(executor, (*model.parameters(), *model.buffers()))
+    for name, size in plan.ring.items():
+        executor.machine.ring_bytes[torch_device(name)] = size + _slack(model, plan, executor, name)
     keep_alive = () if materializer is None else materializer.keep_alive
     attach(model, plan, executor, skip_keys, keep_alive, force_hooks)
     return model
 
 
-def _slack(plan: Plan, device: str) -> int:
-    """Bytes of a ring beside the weights: from a file come whole pages, and on a device each tensor is aligned."""
+def _slack(model: nn.Module, plan: Plan, executor: Executor, device: str) -> int:
+    """Bytes of a ring beside the weights: from files come whole pages, and on a device each tensor is aligned."""
     tensors = max((len(p.block.tensors) + len(p.block.borrows) for p in plan.placements), default=0)
-    return 2 * tensors * (2 * PAGE if device == CPU else DEVICE_ALIGNMENT)
+    return 2 * (tensors * DEVICE_ALIGNMENT if device != CPU else _page_slack(model, plan, executor))
+
+
+def _page_slack(model: nn.Module, plan: Plan, executor: Executor) -> int:
+    """Bytes that come with the weights of one block, where that is most."""
+    named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    most = 0
+    for placement in plan.placements:
+        tensors = [named[name] for t in placement.block.tensors if (name := t.name) in named]
+        entries = [executor.on_disk[tensor].entry for tensor in tensors if tensor in executor.on_disk]
+        most = max(most, layout(entries).nbytes - sum(entry.nbytes for entry in entries))
+    return most
 
 
 def _several_places(plan: Plan) -> bool:

@@ -15,6 +15,7 @@ import fcntl
 import functools
 import mmap
 import os
+import sys
 import threading
 import time
 import weakref
@@ -102,6 +103,26 @@ def page_buffer(nbytes: int, kind: type[mmap.mmap] = mmap.mmap, huge: bool = Tru
         with contextlib.suppress(OSError):
             buffer.madvise(mmap.MADV_HUGEPAGE)
     return buffer
+
+
+_MADV_POPULATE_WRITE = 23
+"""Of Linux 5.14 and later; Python has no name for it."""
+
+
+def populate(address: int, nbytes: int) -> None:
+    """Have memory behind these bytes, all pages at once: a first write to each takes half as long again.
+
+    Does nothing where the system cannot, or where there is memory already.
+    """
+    begin = -(-address // PAGE) * PAGE
+    whole = (address + nbytes - begin) // PAGE * PAGE
+    if sys.platform == "linux" and whole > 0:
+        _libc().madvise(ctypes.c_void_p(begin), ctypes.c_size_t(whole), _MADV_POPULATE_WRITE)
+
+
+@functools.cache
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None)
 
 
 _PAGE_REPORTING = "/sys/module/page_reporting/parameters/page_reporting_order"

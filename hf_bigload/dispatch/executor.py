@@ -708,6 +708,7 @@ class _Resting:
         machine = self.executor.machine.aside
         transfer = machine.send(type(self.residency).load([self.residency], self.device), self.device)
         transfer.wait()
+        machine.wait_for_homes()  # whoever called backward may write to weights right after it
         self.executor._count("", [transfer])
         transfer.ring.lose(transfer.slot)  # lives as long as what is returned
         return transfer.tensors[0]

@@ -43,7 +43,7 @@ class Machine:
         self.rings: dict[torch.device, Ring] = {}
         self.make_room: Callable[[], bool] = lambda: False
         """See `Ring.make_room`."""
-        self._ring_bytes = dict(ring_bytes)
+        self.ring_bytes = dict(ring_bytes)
         self._copy_streams: dict[torch.device, torch.Stream] = {}
         self._copying_homes: set[torch.Stream] = set()
 
@@ -126,14 +126,14 @@ class Machine:
         self.stats.after_fork()
 
     def _new_ring(self, device: torch.device) -> Ring:
-        accelerators = [d for d in self._ring_bytes if d.type != "cpu"]
+        accelerators = [d for d in self.ring_bytes if d.type != "cpu"]
         serves = accelerators[0] if device.type == "cpu" and accelerators else None
-        ring = Ring(device, self._ring_bytes.get(device, 0), serves)
+        ring = Ring(device, self.ring_bytes.get(device, 0), serves)
         ring.make_room = lambda: self.make_room()
         if device.type != "cpu":
             ring.streams = (self.copy_stream(device),)
         return self.rings.setdefault(device, ring)
 
     def __deepcopy__(self, memo: dict[int, object]) -> Machine:
-        copied = memo[id(self)] = Machine(Reader(), self._ring_bytes)
+        copied = memo[id(self)] = Machine(Reader(), self.ring_bytes)
         return copied

@@ -254,4 +254,4 @@ class Prefetcher:
     def _drop(self, stop: Stop) -> None:
         ahead = self._ahead.pop(stop)
         ahead.drop()
-        self._dropped.append(ahead)
+        self._dropped = [*(each for each in self._dropped if not each.is_settled), ahead]

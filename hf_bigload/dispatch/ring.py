@@ -170,6 +170,10 @@ class HostMemory(Memory):
         self.buffer: Any = page_buffer(self.nbytes) if serves is None else pinned_buffer(self.nbytes, serves).buffer
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(self.buffer))
 
+    def __del__(self) -> None:  # no device reads from memory that is gone
+        for _, _, event in self.last_uses:
+            event.synchronize()
+
     def slot(self, start: int, nbytes: int) -> HostSlot:
         return HostSlot(self, start, nbytes)
 

@@ -12,8 +12,8 @@ import torch
 
 from .ring import DEVICE_ALIGNMENT, Ring, Slot
 
-MERGE_GAP = 4096
-"""Bytes between two weights in one piece of memory below which one copy over both costs less than two."""
+MERGE_GAP = DEVICE_ALIGNMENT
+"""Bytes between two weights in one piece of memory below which one copy takes both: no more than alignment costs."""
 
 
 @dataclass(eq=False)
