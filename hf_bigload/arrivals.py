@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import threading
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future
@@ -45,6 +46,7 @@ class Arrivals:
     def __init__(self, reader: Reader, staging: int, keeps_cache: bool) -> None:
         self.reader, self.keeps_cache = reader, keeps_cache
         self.stopped = False
+        self.cores = threading.BoundedSemaphore(torch.get_num_threads())
         self._under_way: deque[_Arrival] = deque()
         self._streams: dict[torch.device, torch.Stream] = {}
         self._stages: SimpleQueue[_Stage] = SimpleQueue()
@@ -155,10 +157,11 @@ class _Copying:
         if not cached and self.arrivals.keeps_cache:  # told all at once: read piece by piece, it took twice as long
             reader.announce(self.entry.file, first, self._at(self.end) - first)
         if cached and self.stream is None:
-            for begin, end in self._pieces():
-                target = self.target[begin:end]
-                populate(target.data_ptr(), target.nbytes)
-                convert(target, self.source[begin:end])
+            with self.arrivals.cores:  # more threads than these would only take turns
+                for begin, end in self._pieces():
+                    target = self.target[begin:end]
+                    populate(target.data_ptr(), target.nbytes)
+                    convert(target, self.source[begin:end])
         else:
             with self.arrivals.stage() as stage:
                 for begin, end in self._pieces():

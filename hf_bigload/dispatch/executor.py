@@ -179,13 +179,17 @@ class Executor:
     def tensors(self, module: nn.Module, whole: bool, device: torch.device) -> list[torch.Tensor]:
         """The weights of a block as they are now: adapters, resized and re-tied weights included."""
         found: dict[int, torch.Tensor] = {}
+        values = dict.values  # past what watches them
         for owner in _modules(module) if whole else (module,):
-            if self.watching:
+            parameters, buffers = owner._parameters, owner._buffers
+            if self.watching and ((parameters and type(parameters) is dict) or (buffers and type(buffers) is dict)):
                 watch(owner, self, device)
-            for held in (owner._parameters, owner._buffers) if self.offload_buffers else (owner._parameters,):
-                for tensor in dict.values(held):  # type: ignore[misc]
+            if parameters:
+                for tensor in values(parameters):
                     if tensor is not None:
                         found[id(tensor)] = tensor
+            if self.offload_buffers:
+                found.update((id(tensor), tensor) for tensor in values(buffers) if tensor is not None)
         return list(found.values())
 
     # ------------------------------------------------------------ leases
@@ -769,10 +773,11 @@ def _modules(module: nn.Module) -> list[nn.Module]:
     """`module.modules()`, at a fifth of the price."""
     found, seen = [module], {module}
     for owner in found:
-        for child in owner._modules.values():
-            if child is not None and child not in seen:
-                seen.add(child)
-                found.append(child)
+        if owner._modules:
+            for child in owner._modules.values():
+                if child is not None and child not in seen:
+                    seen.add(child)
+                    found.append(child)
     return found
 
 
@@ -794,6 +799,9 @@ def _is_same_view(one: torch.Tensor, other: torch.Tensor) -> bool:
 # ---------------------------------------------------------------- weights read by name
 
 
+_read = dict.__getitem__
+
+
 class WatchedParameters(dict[str, Any]):
     """A module's parameters or buffers, which tells the executor when one is read by name.
 
@@ -806,13 +814,14 @@ class WatchedParameters(dict[str, Any]):
         self.executor, self.device = executor, device
 
     def __getitem__(self, name: str) -> Any:
-        tensor = super().__getitem__(name)
+        tensor = _read(self, name)
         if tensor is None:
             return None
         scopes = self.executor._thread.scopes
         if scopes:  # what `see` would find first, without a call: every module reads its weights here
-            held = scopes[-1].held.get(id(tensor))
-            if held is not None and held.device == scopes[-1].device:
+            scope = scopes[-1]
+            held = scope.held.get(id(tensor))
+            if held is not None and held.device == scope.device:
                 return held
         return self.executor.see(tensor, self.device)
 

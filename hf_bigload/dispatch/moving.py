@@ -29,8 +29,17 @@ def send_to_device(
     stay where they are. `non_blocking` is ignored towards the CPU, where a reader would be faster than the copy.
     """
     target = as_device(device)
+    if _lies_on(tensor, target):
+        return tensor
     skipped = (skip_keys,) if isinstance(skip_keys, str) else tuple(skip_keys or ())
     return _send(tensor, target, non_blocking and target.type != "cpu", skipped)
+
+
+def _lies_on(data: Any, device: torch.device) -> bool:
+    """Whether that is plain at once: most of what passes here is a tensor or a tuple of them, with nothing to move."""
+    if type(data) is tuple:
+        return all([type(each) is torch.Tensor and each.device == device for each in data])
+    return not data if type(data) is dict else type(data) is torch.Tensor and data.device == device
 
 
 def find_device(data: Any) -> torch.device | None:

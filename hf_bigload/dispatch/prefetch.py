@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -76,8 +76,10 @@ class Recipe:
         """Whether these are the same, and untouched as far as that is seen without effort."""
         if len(weights) != len(self.weights):
             return False
-        known = zip(weights, self.weights, self.states, strict=True)
-        return all(one is other and state == state_of(one) for one, other, state in known)
+        for one, other, state in zip(weights, self.weights, self.states, strict=True):
+            if one is not other or state != state_of(one):
+                return False
+        return True
 
 
 class Sent(NamedTuple):
@@ -91,8 +93,8 @@ class Sent(NamedTuple):
     @property
     def state(self) -> State:
         """The weight's, once it has this data: known without asking torch, which takes longer."""
-        _position, *look, _nbytes = self.look
-        return (self.transfer.slot.address + self.look.position, self.residency.state[1], *look)  # type: ignore[return-value]
+        position, dtype, shape, stride, _nbytes = self.look
+        return self.transfer.slot.address + position, self.residency.state[1], dtype, shape, stride  # type: ignore[return-value]
 
 
 class Ahead:
@@ -190,17 +192,20 @@ class Prefetcher:
     def go_on(self) -> None:
         """Send what comes next for the calling thread, as far as there is room."""
         with self._lock:
-            chain = self._chain()
-            if not self._ahead.keys() <= chain.keys():
-                me = threading.get_ident()
-                for stop in [s for s, ahead in self._ahead.items() if s not in chain and ahead.thread == me]:
-                    self._drop(stop)
-            for stop, outside in chain.items():
+            if self._ahead:
+                self._drop_others(dict(self._chain()))
+            for stop, outside in self._chain():
                 if stop not in self._ahead:
                     ahead = self._sender.send_ahead(stop, must_keep=outside)
                     if ahead is None:
                         return
                     self._ahead[stop] = ahead
+
+    def _drop_others(self, chain: Mapping[Stop, bool]) -> None:
+        """Drop what the calling thread sent and will not need soon."""
+        me = threading.get_ident()
+        for stop in [s for s, ahead in self._ahead.items() if s not in chain and ahead.thread == me]:
+            self._drop(stop)
 
     def come_out(self) -> None:
         """The calling thread leaves the model: some of what was sent may become outdated, and nobody could tell."""
@@ -236,20 +241,17 @@ class Prefetcher:
         self._lock = threading.RLock()
         self.forget()
 
-    def _chain(self) -> dict[Stop, bool]:
+    def _chain(self) -> Iterator[tuple[Stop, bool]]:
         """The blocks that come next for the calling thread, and for each whether the model is left before it."""
-        chain: dict[Stop, bool] = {}
-        (before, last), outside = self._trail.last_two(), self._trail.came_out
-        at = last
-        while at is not None and len(chain) < WINDOW:
+        (before, at), outside = self._trail.last_two(), self._trail.came_out
+        seen = {at}
+        while at is not None and len(seen) <= WINDOW:
             step = self._after.get((before, at)) or self._after.get((None, at))
-            if step is None or step.to is last:
-                break
+            if step is None or step.to in seen:
+                return
             before, at, outside = at, step.to, outside or step.outside
-            if at in chain:
-                break
-            chain[at] = outside
-        return chain
+            seen.add(at)
+            yield at, outside
 
     def _drop(self, stop: Stop) -> None:
         ahead = self._ahead.pop(stop)
