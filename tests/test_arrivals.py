@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import errno
 import gc
-import time
 import math
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
