@@ -150,7 +150,7 @@ def test_the_environment_gives_what_the_options_do_not(folder: Path) -> None:
     program = "from hf_bigload import settings; print(settings.current())"
     variables = {"HF_BIGLOAD_EXPLAIN": "1", "HF_BIGLOAD_DEVICE_MAP": "auto"}
     _, out, _ = python(folder, "-m", "hf_bigload", "--device-map", "0", "-c", program, **variables)
-    assert out == "Settings(device_map=0, max_memory=None, offload_folder=None, explain=True)\n"
+    assert out == "Settings(device_map=0, max_memory=None, offload_folder=None, explain=True, cache_size=None)\n"
 
 
 def test_a_program_that_loads_nothing_never_imports_torch(folder: Path) -> None:

@@ -799,9 +799,6 @@ def _is_same_view(one: torch.Tensor, other: torch.Tensor) -> bool:
 # ---------------------------------------------------------------- weights read by name
 
 
-_read = dict.__getitem__
-
-
 class WatchedParameters(dict[str, Any]):
     """A module's parameters or buffers, which tells the executor when one is read by name.
 
@@ -814,7 +811,7 @@ class WatchedParameters(dict[str, Any]):
         self.executor, self.device = executor, device
 
     def __getitem__(self, name: str) -> Any:
-        tensor = _read(self, name)
+        tensor = super().__getitem__(name)  # as the compiler can trace it
         if tensor is None:
             return None
         scopes = self.executor._thread.scopes

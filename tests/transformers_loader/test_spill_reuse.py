@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,10 @@ def weights(cache: Path) -> list[Path]:
 
 def forget(model: Any) -> None:
     del model
+    until = time.monotonic() + 10  # what is being read for it ends in its own time
     gc.collect()
+    while any(entry.in_use for entry in spill_cache.entries()) and time.monotonic() < until:
+        gc.collect()
 
 
 # ------------------------------------------------------------------------------------------------------------- reuse
