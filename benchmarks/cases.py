@@ -51,7 +51,7 @@ class Bench:
     small: Path
     """A checkpoint whose forward takes about a millisecond."""
     forwards: int = 3
-    warm_up: int = 0
+    warm_up: int = 1
     """Forwards from disk before those that are measured."""
     small_forwards: int = 3000
     small_blocks: int = 200
@@ -203,12 +203,11 @@ def bf16_second_load(bench: Bench) -> Row:
 
 def peak_memory(bench: Bench) -> Row:
     """Of a forward over a single token: a plan counts weights and rings, and more tokens compute with more memory."""
-    alone = replace(bench.llama, tokens=(FEW,))
-    budget = ("--max-memory", f"cpu={alone.budget}")
-    run = bench.forward("hf_bigload", alone, *budget, "--warm-up", 0, limited=True, forwards=1)
-    peak, figure = _peak(run), _planned(run)
+    run = bench.streamed(bench.llama).value
+    few = forwards_of(run, FEW)[-1]  # those over more tokens come later
+    peak, figure = few["peak_anon_bytes"] - run["runtime_anon_bytes"], _planned(run)
     more = max(_peak(each) / _planned(each) for each in bench.streamed_runs)
-    groups = [each["cgroup"] for each in (run, *bench.streamed_runs) if "cgroup" in each]
+    groups = [each["cgroup"] for each in bench.streamed_runs if "cgroup" in each]
     met, killed = (sum(group[key] for group in groups) for key in ("failcnt", "oom_kills"))
     note = f"limit met {met} times, {killed} killed" if groups else "no cgroup"
     note += f"; with what {MANY} tokens compute with: {more:.3f}"

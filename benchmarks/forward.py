@@ -65,10 +65,11 @@ def streamed_bytes(model: Any) -> int:
     return inspect(model).stats.bytes_read
 
 
-def run_forward(model: Any, tokens: int, engine: str) -> dict[str, Any]:
+def run_forward(model: Any, tokens: int, engine: str, anonymous: AnonymousMemory) -> dict[str, Any]:
     """One forward (an encoder-decoder's: of that many encoder tokens and one decoder token) and a hash of its logits.
 
     `streamed_bytes` is what the engine says it moved; for another engine, what the process had the disk read.
+    `peak_anon_bytes` is the most since the process began.
     """
     inputs = {"input_ids": token_ids(model.config.vocab_size, tokens)}
     if model.config.is_encoder_decoder:
@@ -79,6 +80,7 @@ def run_forward(model: Any, tokens: int, engine: str) -> dict[str, Any]:
         logits, measured = Measured.of(lambda: model(**inputs).logits)
     streamed = streamed_bytes(model) - before if ours else measured.read_bytes
     figures = {"tokens": tokens, **vars(measured), "streamed_bytes": streamed}
+    figures["peak_anon_bytes"] = anonymous.peak_bytes
     return {**figures, "finite": bool(logits.isfinite().all()), "logits_sha256": sha256(logits)}
 
 
@@ -129,7 +131,7 @@ def benchmark(options: argparse.Namespace) -> dict[str, Any]:
     with offload_folder(options.engine, checkpoint) as folder, AnonymousMemory().sampling() as anonymous:
         model, loaded = Measured.of(lambda: load(model_class, options, folder))
         sizes = [options.tokens[0]] * options.warm_up + [n for n in options.tokens for _ in range(options.forwards)]
-        forwards = [run_forward(model, tokens, options.engine) for tokens in sizes]
+        forwards = [run_forward(model, tokens, options.engine, anonymous) for tokens in sizes]
         report = {
             "engine": options.engine,
             "load": vars(loaded),

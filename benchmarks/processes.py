@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 ROOT = Path(__file__).parents[1]
 RAW = Mode(direct=True, threads=8)
-RAW_BYTES = 512 << 20
+RAW_BYTES = 256 << 20
 """Enough for half a second at 1 GB/s, and little beside the disk's burst budget."""
 UNSTEADY = 0.2
 """The share by which the disk may change speed during a case that still counts."""

@@ -41,7 +41,7 @@ def parse_options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--budget", help=f"what a plan may use of RAM ({BUDGET}; tiny: {TINY_BUDGET})")
     parser.add_argument("--limit", type=parse_bytes, default=3 * 10**9, help="of the memory cgroup (3GB)")
     parser.add_argument("--forwards", type=int, default=3, help="measured of each kind; the median counts")
-    parser.add_argument("--warm-up", type=int, default=0, help="forwards from disk before those (0)")
+    parser.add_argument("--warm-up", type=int, default=1, help="forwards from disk before those (1)")
     parser.add_argument("--small-forwards", type=int, help="of the resident small model, each engine and round (3000)")
     parser.add_argument("--read-limit", type=parse_bytes, default=60 * 10**9, help="no repetition beyond it (60GB)")
     parser.add_argument("--record", type=Path, help="append the table to this file, as markdown")

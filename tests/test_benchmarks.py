@@ -398,8 +398,8 @@ def test_a_run_whose_bits_differ_fails_and_says_where(
     pytest.importorskip("accelerate")
     original = forward.run_forward
 
-    def altered(model: Any, tokens: int, engine: str) -> dict[str, Any]:
-        return original(model, tokens, engine) | ({"logits_sha256": "0" * 64} if engine == "hf_bigload" else {})
+    def altered(model: Any, tokens: int, engine: str, *more: Any) -> dict[str, Any]:
+        return original(model, tokens, engine, *more) | ({"logits_sha256": "0" * 64} if engine == "hf_bigload" else {})
 
     monkeypatch.setattr(forward, "run_forward", altered)
     assert streaming_run("--case", "t0_streaming") == 1
