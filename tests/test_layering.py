@@ -29,6 +29,7 @@ MODULES = [module_name(path) for path in SOURCES]
 WITHOUT_TORCH = [
     "hf_bigload",
     "hf_bigload.__main__",
+    "hf_bigload.bandwidth",
     "hf_bigload.checkpoint.formats",
     "hf_bigload.checkpoint.index",
     "hf_bigload.checkpoint.reader",
