@@ -225,19 +225,12 @@ def _identity(folder: str) -> str:
         "machine": f"{platform.system()} {platform.release()} {platform.machine()}",
         "cpus": os.cpu_count(),
         "ram": psutil.virtual_memory().total,
-        "disk": os.stat(_existing(folder)).st_dev,
+        "disk": os.stat(hardware.existing_folder(folder)).st_dev,
         "accelerators": devices,
         "torch": str(torch.__version__),
         "hf_bigload": __version__,
     }
     return json.dumps(what, sort_keys=True)
-
-
-def _existing(folder: str) -> str:
-    """The folder, or the nearest one above it that exists."""
-    while not os.path.isdir(folder):
-        folder = os.path.dirname(folder)
-    return folder
 
 
 def _records(folder: str) -> dict[str, Any]:
