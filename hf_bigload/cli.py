@@ -104,8 +104,9 @@ def plan(
 
     Without --device or --ram, that is as this machine has it now, less a tenth.
     """
-    machine = _machine(device, ram)
+    described = (None if not device else _sizes(device), None if ram is None else _size("--ram", ram))
     found = _described(model, dtype, revision)
+    machine = _machine(*described)
     made, refusal = _plan_or_refusal(found.spec, machine)
     steps = advice.next_steps(found.spec, machine, made)
     if as_json:
@@ -129,11 +130,11 @@ def _described(model: str, dtype: str | None, revision: str | None) -> Descripti
     return describe(model, dtype, revision)
 
 
-def _machine(devices: Sequence[str] | None, ram: str | None) -> Hardware:
-    """This machine, or what the flags say in place of its accelerators or its RAM."""
-    here = Hardware({}, 0) if devices and ram else hardware.probe()
-    given = here.devices if not devices else {f"cuda:{i}": size for i, size in enumerate(_sizes(devices))}
-    return Hardware(given, here.ram if ram is None else _size("--ram", ram))
+def _machine(devices: Sequence[int] | None, ram: int | None) -> Hardware:
+    """This machine, with the bytes given in place of its accelerators or its RAM."""
+    here = Hardware({}, 0) if devices is not None and ram is not None else hardware.probe()
+    given = here.devices if devices is None else {f"cuda:{i}": size for i, size in enumerate(devices)}
+    return Hardware(given, here.ram if ram is None else ram)
 
 
 def _sizes(devices: Sequence[str]) -> list[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Container, Mapping
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 import transformers
 from transformers.utils.generic import ContextManagers
 
+from ..checkpoint.index import SAFETENSORS_SUFFIX
 from ..skeleton import LoadedAs, dtype_name, model_spec
 from ..specs import ModelSpec, TensorSpec
 from .transformers_weights import dtype_rule
@@ -35,7 +37,14 @@ def describe(folder: str, stored: Mapping[str, TensorSpec] | None, dtype: str | 
     except _NOT_MADE as error:
         logger.info("transformers makes no model of the config in %s: %s", folder, error)
         return None
-    return model_spec(model, None, ties(model, stored or ()), loaded_as(model, main))
+    return model_spec(model, None, ties(model, _telling(folder, stored)), loaded_as(model, main))
+
+
+def _telling(folder: str, stored: Mapping[str, TensorSpec] | None) -> Container[str]:
+    """The stored names that tell what is tied: a `.bin` is written with all names, whatever they share."""
+    files = os.listdir(folder)
+    only_bin = any(file.endswith(".bin") for file in files) and not any(f.endswith(SAFETENSORS_SUFFIX) for f in files)
+    return () if stored is None or only_bin else stored
 
 
 def make_skeleton(config: Any, dtype: torch.dtype) -> Any:
