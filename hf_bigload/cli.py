@@ -179,7 +179,7 @@ def _what_travels(plan: Plan) -> str:
         if placement.streamed_bytes:
             streamed[origin] = streamed.get(origin, 0) + placement.streamed_bytes
     if not streamed:
-        return "Nothing streams."
+        return "Of what is offloaded, only rows travel." if plan.streams else "Nothing streams."
     return f"Each pass through the model streams {' and '.join(f'{human_bytes(n)} {o}' for o, n in streamed.items())}."
 
 

@@ -10,7 +10,7 @@ from itertools import groupby
 
 from . import registry
 from .checkpoint.repository import Repository, open_repository
-from .errors import RepositoryError
+from .errors import DtypeError, RepositoryError
 from .specs import DTYPE_BYTES, BlockSpec, ModelSpec, TensorSpec
 
 FLOATING = ("float16", "bfloat16", "float32", "float64")
@@ -44,8 +44,10 @@ def describe(name: str | os.PathLike[str], dtype: str | None = None, revision: s
 
     Raises:
         RepositoryError, CheckpointError, DtypeError: see `checkpoint.repository.open_repository`; or what the model
-            holds can be known neither from its class nor from headers.
+            holds can be known neither from its class nor from headers; or weights cannot be loaded in `dtype`.
     """
+    if dtype is not None and dtype not in FLOATING:
+        raise DtypeError(f"Weights cannot be loaded in dtype {dtype!r}: choose one of {', '.join(FLOATING)}.")
     repository = open_repository(name, revision)
     spec = registry.describe(repository.folder, repository.stored, dtype)
     if spec is not None:

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 import hf_bigload
 from examples.embedded_hub import EmbeddedHub, write_tiny_t0pp
 from hf_bigload.describe import describe, spec_from_headers
-from hf_bigload.errors import RepositoryError
+from hf_bigload.errors import DtypeError, RepositoryError
 from hf_bigload.specs import ModelSpec, TensorSpec
 
 HEADER_BYTES = 100_001
@@ -149,6 +149,11 @@ def test_headers_are_cast_where_they_float_and_no_tensor_is_lost() -> None:
     assert sizes(spec) == {"h.0.a.w": ("bfloat16", 4), "h.0.b.w": ("uint32", 8), "w": ("bfloat16", 4)}
     block = next(block for block in spec.blocks if block.whole)
     assert [t for part in block.parts for t in part.tensors] == list(block.tensors)
+
+
+def test_a_dtype_that_weights_are_not_loaded_in_is_refused(folder: Path) -> None:
+    with pytest.raises(DtypeError, match="'int4': choose one of float16, bfloat16"):
+        describe(folder, "int4")
 
 
 # ---------------------------------------------------------------- a folder that is no model
