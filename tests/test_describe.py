@@ -21,6 +21,7 @@ from examples.embedded_hub import EmbeddedHub, write_tiny_t0pp
 from hf_bigload.describe import describe, spec_from_headers
 from hf_bigload.errors import DtypeError, RepositoryError
 from hf_bigload.specs import ModelSpec, TensorSpec
+from tests.architectures.tiny import architecture, tiny_model
 
 HEADER_BYTES = 100_001
 """What huggingface_hub asks for of each safetensors file."""
@@ -32,6 +33,15 @@ T0PP, ONLY_BIN, GATED, ADAPTER, PIPELINE, EMPTY = (
     "org/adapter",
     "org/pipeline",
     "org/no-weights",
+)
+
+REPRESENTATIVE = (
+    "causal:deepseek_v3",  # experts fused from many tensors
+    "causal:gemma4",  # vision, sound, embeddings per layer
+    "causal:gpt2",
+    "causal:mamba",
+    "seq2seq:marian",
+    "seq2seq:switch_transformers",
 )
 
 
@@ -107,6 +117,19 @@ def test_the_blocks_are_those_of_a_load(folder: Path, dtype: str | None) -> None
         model = AutoModelForSeq2SeqLM.from_pretrained(folder, device_map="auto", max_memory={"cpu": "1GiB"}, **options)
     plan = hf_bigload.inspect(model).plan
     found = describe(folder, dtype)
+    assert found.from_class
+    assert sizes(found.spec) == sizes(ModelSpec(tuple(p.block for p in plan.placements)))
+    assert dict(found.spec.ties) == dict(plan.ties)
+
+
+@pytest.mark.parametrize("name", REPRESENTATIVE)
+def test_of_every_kind_of_architecture_the_blocks_are_those_of_a_load(name: str, tmp_path: Path) -> None:
+    model = tiny_model(architecture(name))
+    model.save_pretrained(tmp_path)
+    with hf_bigload.enable():
+        loaded = type(model).from_pretrained(tmp_path, device_map="auto", max_memory={"cpu": "8GiB"})
+    plan = hf_bigload.inspect(loaded).plan
+    found = describe(tmp_path)
     assert found.from_class
     assert sizes(found.spec) == sizes(ModelSpec(tuple(p.block for p in plan.placements)))
     assert dict(found.spec.ties) == dict(plan.ties)
