@@ -1,5 +1,8 @@
 """The command `hf-bigload`. Each group of commands is a `typer.Typer` of its own; none imports torch before it must.
 
+hf-bigload estimate REPO_OR_PATH [--dtype D] [--json]
+hf-bigload plan REPO_OR_PATH [--dtype D] [--device SIZE]... [--ram SIZE] [--json]
+hf-bigload doctor [--fresh] [--json]
 hf-bigload cache ls [--json]
 hf-bigload cache rm [ENTRY... | --all | --stale]
 """
@@ -12,16 +15,20 @@ import re
 import sys
 import time
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console, JustifyMethod
 from rich.table import Table
 
-from hf_bigload import __version__
+from hf_bigload import __version__, advice, doctor, hardware, report, settings
+from hf_bigload.advice import Step
 from hf_bigload.checkpoint import spill_cache
 from hf_bigload.checkpoint.spill_cache import EntryInfo
-from hf_bigload.errors import BigloadError, human_bytes
+from hf_bigload.describe import FLOATING, Description, describe
+from hf_bigload.errors import BigloadError, BudgetError, human_bytes
+from hf_bigload.planner import make_plan
+from hf_bigload.specs import CPU, DISK, Hardware, ModelSpec, Plan
 
 app = typer.Typer(
     name="hf-bigload",
@@ -59,6 +66,187 @@ def _common(
     ] = False,
 ) -> None:
     pass
+
+
+# ---------------------------------------------------------------------------------------------------- estimate, plan
+
+Model = Annotated[str, typer.Argument(metavar="REPO_OR_PATH", help="A name on the Hub (org/model), or a folder.")]
+Dtype = Annotated[str | None, typer.Option(help="What to load weights in, as bfloat16; without it, the model's own.")]
+Revision = Annotated[str | None, typer.Option(help="A branch, tag or commit on the Hub.")]
+AsJson = Annotated[bool, typer.Option("--json", help="For programs; sizes in bytes.")]
+
+
+@app.command()
+def estimate(model: Model, dtype: Dtype = None, revision: Revision = None, as_json: AsJson = False) -> None:
+    """What a model's weights take once loaded, block by block. No weights are downloaded."""
+    found = _described(model, dtype, revision)
+    if as_json:
+        typer.echo(json.dumps(_description_as_json(found), indent=2))
+        return
+    _say_description(found)
+    _console().print(report.kinds_table(found.spec.blocks))
+    typer.echo("Weights alone: a run needs memory for activations and its cache of keys and values besides.")
+
+
+@app.command()
+def plan(
+    model: Model,
+    dtype: Dtype = None,
+    revision: Revision = None,
+    device: Annotated[
+        list[str] | None,
+        typer.Option(metavar="SIZE", help="Memory of an accelerator to plan for, as 24GiB; once for each, or `none`."),
+    ] = None,
+    ram: Annotated[str | None, typer.Option(metavar="SIZE", help="RAM to plan for, as 30GiB.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Where each block of a model would rest and run, on this machine or one of the sizes given. Nothing is loaded.
+
+    Without --device or --ram, that is as this machine has it now, less a tenth.
+    """
+    described = (None if not device else _sizes(device), None if ram is None else _size("--ram", ram))
+    found = _described(model, dtype, revision)
+    machine = _machine(*described)
+    made, refusal = _plan_or_refusal(found.spec, machine)
+    steps = advice.next_steps(found.spec, machine, made)
+    if as_json:
+        content = _description_as_json(found) | _plan_as_json(made, machine, steps)
+        typer.echo(json.dumps(content, indent=2))
+    else:
+        _say_description(found)
+        if made is not None:
+            _console().print(report.plan_view(made, found.repository.name))
+            typer.echo(_what_travels(made))
+        for step in steps:
+            typer.echo(f"{human_bytes(step.more)} more {_on(step.device)}, and {step.buys}.")
+    if refusal is not None:
+        typer.echo(f"hf-bigload: {refusal}", err=True)
+        raise typer.Exit(1)
+
+
+def _described(model: str, dtype: str | None, revision: str | None) -> Description:
+    if dtype is not None and dtype not in FLOATING:
+        raise typer.BadParameter(f"--dtype {dtype}: choose one of {', '.join(FLOATING)}.")
+    return describe(model, dtype, revision)
+
+
+def _machine(devices: Sequence[int] | None, ram: int | None) -> Hardware:
+    """This machine, with the bytes given in place of its accelerators or its RAM."""
+    here = Hardware({}, 0) if devices is not None and ram is not None else hardware.probe()
+    given = here.devices if devices is None else {f"cuda:{i}": size for i, size in enumerate(devices)}
+    return Hardware(given, here.ram if ram is None else ram)
+
+
+def _sizes(devices: Sequence[str]) -> list[int]:
+    return [] if list(devices) == ["none"] else [_size("--device", text) for text in devices]
+
+
+def _size(option: str, text: str) -> int:
+    try:
+        return settings.parse_size(text)
+    except ValueError as error:
+        raise typer.BadParameter(f"{option}: {error}") from error
+
+
+def _plan_or_refusal(spec: ModelSpec, machine: Hardware) -> tuple[Plan | None, BudgetError | None]:
+    try:
+        return make_plan(spec, machine, map_value=_map_value), None
+    except BudgetError as error:
+        return None, error
+
+
+def _map_value(device: str) -> int | str:
+    kind, _, index = device.partition(":")
+    return int(index) if index and kind != CPU else device
+
+
+def _say_description(found: Description) -> None:
+    repository, spec = found.repository, found.spec
+    download = f", {human_bytes(repository.download_bytes)} to download" if repository.download_bytes else ""
+    typer.echo(
+        f"{repository.name}: {human_bytes(spec.nbytes)} of weights in {found.dtype} "
+        f"(files: {human_bytes(repository.file_bytes)}{download})"
+    )
+    if not found.from_class:
+        typer.echo("No installed library makes this model of its config: sizes and blocks are those of its headers.")
+
+
+def _what_travels(plan: Plan) -> str:
+    """What one step moves, in words."""
+    streamed: dict[str, int] = {}
+    for placement in plan.placements:
+        origin = "from disk" if DISK in (placement.home, *placement.exceptions.values()) else "from RAM"
+        if placement.streamed_bytes:
+            streamed[origin] = streamed.get(origin, 0) + placement.streamed_bytes
+    if not streamed:
+        return "Of what is offloaded, only rows travel." if plan.streams else "Nothing streams."
+    return f"Each pass through the model streams {' and '.join(f'{human_bytes(n)} {o}' for o, n in streamed.items())}."
+
+
+def _on(device: str) -> str:
+    return "RAM" if device == CPU else f"on {device}"
+
+
+def _description_as_json(found: Description) -> dict[str, Any]:
+    spec, repository = found.spec, found.repository
+    blocks = [{"name": b.name, "nbytes": b.nbytes, "buffer_bytes": b.buffer_bytes} for b in spec.blocks]
+    return {
+        "model": repository.name,
+        "architectures": repository.config.get("architectures"),
+        "dtype": found.dtype,
+        "from_class": found.from_class,
+        "nbytes": spec.nbytes,
+        "file_bytes": repository.file_bytes,
+        "download_bytes": repository.download_bytes,
+        "blocks": blocks,
+        "ties": dict(spec.ties),
+    }
+
+
+def _plan_as_json(plan: Plan | None, machine: Hardware, steps: Sequence[Step]) -> dict[str, Any]:
+    content: dict[str, Any] = {
+        "machine": {"devices": dict(machine.devices), "ram": machine.ram},
+        "fits": plan is not None,
+        "next_steps": [dataclasses.asdict(step) for step in steps],
+    }
+    if plan is None:
+        return content
+    names = ("home", "device", "at_home", "streamed_bytes")
+    placed = [
+        {"name": p.block.name, "nbytes": p.block.nbytes} | {n: getattr(p, n) for n in names} for p in plan.placements
+    ]
+    return content | {
+        "streams": plan.streams,
+        "streamed_bytes": sum(p.streamed_bytes for p in plan.placements),
+        "used": dict(plan.used),
+        "budget": dict(plan.budget),
+        "ring": dict(plan.ring),
+        "device_map": dict(plan.device_map),
+        "placements": placed,
+    }
+
+
+def _console() -> Console:
+    return Console(width=None if sys.stdout.isatty() else 110)
+
+
+# ------------------------------------------------------------------------------------------------------------ doctor
+
+
+@app.command("doctor")
+def doctor_(
+    fresh: Annotated[bool, typer.Option("--fresh", help="Measure again, instead of what was measured before.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs; bytes, and bytes per second.")] = False,
+) -> None:
+    """What this machine is, how fast it moves weights, and what is wrong with it.
+
+    The first time, some seconds go by: a file of 512 MiB is written to the cache folder, read, and removed.
+    """
+    found = doctor.examine(fresh)
+    if as_json:
+        typer.echo(json.dumps(dataclasses.asdict(found), indent=2))
+    else:
+        _console().print(report.machine_view(found))
 
 
 # ------------------------------------------------------------------------------------------------------------- cache

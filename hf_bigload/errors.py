@@ -5,6 +5,7 @@
     │   ├── MissingShardError             a file that the index names is not there
     │   ├── CorruptShardError             truncated, overlapping or lying headers
     │   └── CheckpointChangedError        a shard changed or vanished while it was in use
+    ├── RepositoryError (OSError)         no model is there, or it may not be read
     ├── DeviceMapError (ValueError)       a device map that cannot be followed
     ├── BudgetError (ValueError)          no placement fits the memory that was allowed
     ├── DoesNotFitError (MemoryError)     a move that would not fit its target; nothing was moved
@@ -50,6 +51,10 @@ class CorruptShardError(CheckpointError):
 
 class CheckpointChangedError(CheckpointError):
     """A shard is no longer the file that was indexed."""
+
+
+class RepositoryError(BigloadError, OSError):
+    """A repository does not exist, may not be read, cannot be reached, or holds no model."""
 
 
 class DeviceMapError(BigloadError, ValueError):

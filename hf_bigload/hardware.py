@@ -210,3 +210,10 @@ def free_disk(folder: str) -> int:
     """Bytes free to this user on the file system of `folder`."""
     stat = os.statvfs(folder)
     return stat.f_bavail * stat.f_frsize
+
+
+def existing_folder(folder: str) -> str:
+    """`folder`, or the nearest one above it that exists: where it would be made."""
+    while not os.path.isdir(folder):
+        folder = os.path.dirname(os.path.abspath(folder))
+    return folder

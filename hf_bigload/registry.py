@@ -15,20 +15,22 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.metadata
+import importlib.util
 import inspect
 import pkgutil
 import sys
 import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import wrapt
 
 from hf_bigload.errors import LoaderError
 from hf_bigload.seams import AnySeam, Installation, PropertySeam, Provided, Seam, prepare
+from hf_bigload.specs import ModelSpec, TensorSpec
 
 ENTRY_POINT_GROUP = "hf_bigload.loaders"
 
@@ -56,6 +58,18 @@ class Loader(Protocol):
         """The functions to take over and the names to provide. Called once `trigger` is imported, never before."""
 
 
+@runtime_checkable
+class Describes(Protocol):
+    """What a loader may also be: one that knows a model before its weights are there."""
+
+    def describe(self, folder: str, stored: Mapping[str, TensorSpec] | None, dtype: str | None) -> ModelSpec | None:
+        """The model whose config is in `folder`, with weights in `dtype` (None: as the library chooses it).
+
+        `stored` are the tensors of its files, by their names there; None where they are not known. Returns None for a
+        folder that is not the library's, or a model that it cannot make on meta.
+        """
+
+
 @dataclass(frozen=True)
 class BuiltinLoader:
     """Stands for a loader of this package until its trigger is imported, so that nothing heavy comes before that.
@@ -75,6 +89,12 @@ class BuiltinLoader:
 
     def seams(self) -> Sequence[AnySeam]:
         return self.load().seams()
+
+    def describe(self, folder: str, stored: Mapping[str, TensorSpec] | None, dtype: str | None) -> ModelSpec | None:
+        if importlib.util.find_spec(self.library) is None:
+            return None
+        loader = self.load()
+        return loader.describe(folder, stored, dtype) if isinstance(loader, Describes) else None
 
 
 BUILTIN_LOADERS = (
@@ -105,6 +125,12 @@ def unregister_loader(name: str) -> None:
 def loaders() -> tuple[Loader, ...]:
     """All loaders, those of installed packages included: built-in ones first, then in order of registration."""
     return _registry.loaders()
+
+
+def describe(folder: str, stored: Mapping[str, TensorSpec] | None, dtype: str | None = None) -> ModelSpec | None:
+    """What the first loader that knows the model in `folder` says of it, or None; see `Describes`."""
+    asked = (loader.describe(folder, stored, dtype) for loader in loaders() if isinstance(loader, Describes))
+    return next((spec for spec in asked if spec is not None), None)
 
 
 def enable() -> None:

@@ -3,34 +3,179 @@
 from __future__ import annotations
 
 import io
+import re
 import sys
+import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import groupby
+from typing import TYPE_CHECKING
 
 from rich import box
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, Group, RenderResult
+from rich.measure import Measurement
 from rich.table import Table
+from rich.text import Text
 
 from .errors import human_bytes
-from .specs import CPU, DISK, Placement, Plan
+from .specs import CPU, DISK, BlockSpec, Placement, Plan
+
+if TYPE_CHECKING:
+    from .doctor import Diagnosis
 
 
 def plan_table(plan: Plan, title: str = "model") -> str:
     """The plan as text: which blocks rest where and run where, and what each device has to hold."""
+    return _as_text([_blocks(plan, title), _budgets(plan)])
+
+
+def plan_view(plan: Plan, title: str = "model") -> Group:
+    """The plan for a terminal: the memory of each device as a bar, then the table of blocks."""
+    return Group(_bars(plan), _blocks(plan, title))
+
+
+def _blocks(plan: Plan, title: str) -> Table:
     blocks = Table(title=f"hf_bigload plan for {title}", title_justify="left")
     for column, justify in (("blocks", "left"), ("rest in", "left"), ("run on", "left"), ("size", "right")):
         blocks.add_column(column, justify=justify)  # type: ignore[arg-type]
     for (home, runs), group in groupby(plan.placements, key=lambda p: (p.home, _runs_on(p))):
         members = list(group)
         blocks.add_row(_names(members), _rests_in(home), runs, human_bytes(sum(p.block.nbytes for p in members)))
+    return blocks
+
+
+def _budgets(plan: Plan) -> Table:
     budgets = Table()
     for column in ("device", "weights and ring", "of which ring", "budget"):
         budgets.add_column(column, justify="left" if column == "device" else "right")
-    for device in sorted({*plan.used, *plan.budget}, key=_order):
+    for device in _devices(plan):
         ring, budget = plan.ring.get(device, 0), plan.budget.get(device)
         used = human_bytes(plan.used.get(device, 0))
         budgets.add_row(device, used, human_bytes(ring), "-" if budget is None else human_bytes(budget))
-    return _as_text([blocks, budgets])
+    return budgets
+
+
+def _devices(plan: Plan) -> list[str]:
+    return sorted({*plan.used, *plan.budget}, key=_order)
+
+
+# ---------------------------------------------------------------- bars
+
+_BAR_WIDTH = 40
+_STYLES = ("green", "yellow", "bright_black")
+
+
+@dataclass(frozen=True)
+class MemoryBar:
+    """One device's memory: resident weights, the ring that streamed ones land in, and what is left of the budget."""
+
+    weights: int
+    ring: int
+    budget: int
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        cells = zip(self.cells(), "#=." if options.ascii_only else "█▓░", _STYLES, strict=True)
+        yield Text.assemble(*((sign * count, style) for count, sign, style in cells))
+
+    def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
+        return Measurement(_BAR_WIDTH, _BAR_WIDTH)
+
+    def cells(self) -> tuple[int, int, int]:
+        """Characters of each share; what is there has one at least, wherever there is room for it."""
+        whole = max(self.budget, self.weights + self.ring, 1)
+        weights = _share(self.weights, whole, _BAR_WIDTH)
+        ring = min(_share(self.ring, whole, _BAR_WIDTH), _BAR_WIDTH - weights)
+        return weights, ring, _BAR_WIDTH - weights - ring
+
+
+def _share(part: int, whole: int, width: int) -> int:
+    return max(round(part * width / whole), 1 if part else 0)
+
+
+def _bars(plan: Plan) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for column, justify in (("device", "left"), ("memory", "left"), ("weights", "right"), ("ring", "right")):
+        table.add_column(column, justify=justify)  # type: ignore[arg-type]
+    table.add_column("budget", justify="right")
+    for device in _devices(plan):
+        ring, budget = plan.ring.get(device, 0), plan.budget.get(device)
+        weights = plan.used.get(device, 0) - ring
+        bar: MemoryBar | str = "" if budget is None else MemoryBar(weights, ring, budget)
+        figures = (human_bytes(weights), human_bytes(ring) if ring else "-", human_bytes(budget) if budget else "-")
+        table.add_row(_rests_in(device), bar, *figures)
+    return table
+
+
+# ---------------------------------------------------------------- estimates
+
+
+def kinds_table(blocks: Sequence[BlockSpec]) -> Table:
+    """Blocks of an unplaced model; those whose names differ in numbers only are one row."""
+    kinds: dict[str, list[int]] = {}
+    for block in blocks:
+        kinds.setdefault(re.sub(r"(?<![^.])\d+(?![^.])", "*", block.name) or "(root)", []).append(block.nbytes)
+    table = Table()
+    for column in ("blocks", "number", "largest", "together"):
+        table.add_column(column, justify="left" if column == "blocks" else "right")
+    for name, sizes in kinds.items():
+        if sum(sizes):
+            table.add_row(name, str(len(sizes)), human_bytes(max(sizes)), human_bytes(sum(sizes)))
+    return table
+
+
+# ---------------------------------------------------------------- machines
+
+
+def machine_view(found: Diagnosis) -> Group:
+    """What `hf-bigload doctor` found: the machine, how fast it moves weights, its libraries, and what is wrong."""
+    return Group(_memory(found), _speeds(found), _libraries(found), _problems(found))
+
+
+def _memory(found: Diagnosis) -> Table:
+    table = Table(title=f"{found.system}, {found.cpus} CPUs", title_justify="left")
+    for column in ("memory", "free", "of"):
+        table.add_column(column, justify="left" if column == "memory" else "right")
+    for each in found.accelerators:
+        table.add_row(f"{each.name} ({each.model})", human_bytes(each.free), human_bytes(each.total))
+    table.add_row("RAM, as far as it may be used", human_bytes(found.ram_free), human_bytes(found.ram_total))
+    for limit, used in found.container_limits:
+        table.add_row("of a container", human_bytes(max(0, limit - used)), human_bytes(limit))
+    table.add_row(f"disk of {found.cache_folder}", human_bytes(found.disk_free), "")
+    return table
+
+
+def _speeds(found: Diagnosis) -> Table | str:
+    if found.measurement is None:
+        return "No bandwidths were measured."
+    figures = found.measurement.bandwidths
+    when = time.strftime("%Y-%m-%d %H:%M", time.localtime(found.measurement.measured_at))
+    table = Table(title=f"bandwidth, measured {when}", title_justify="left")
+    table.add_column("from")
+    table.add_column("to")
+    table.add_column("a second", justify="right")
+    how = "past the page cache" if figures.direct else "through the page cache"
+    table.add_row(f"disk, {how}", "RAM", human_bytes(figures.disk))
+    table.add_row("RAM", "RAM, one thread", human_bytes(figures.host_copy))
+    for name, rate in figures.to_device.items():
+        table.add_row("RAM" if name in figures.not_pinned else "RAM, page-locked", name, human_bytes(rate))
+    return table
+
+
+def _libraries(found: Diagnosis) -> Table:
+    table = Table()
+    for column in ("library", "version", "what is hooked"):
+        table.add_column(column)
+    for each in found.libraries:
+        hooked = "" if each.seams is None else "has moved" if each.moved else "is where it should be"
+        table.add_row(each.name, each.version or "not installed", hooked)
+    return table
+
+
+def _problems(found: Diagnosis) -> str:
+    return "\n".join(f"! {problem}" for problem in found.problems) or "Nothing is wrong."
+
+
+# ---------------------------------------------------------------- words
 
 
 def _runs_on(placement: Placement) -> str:

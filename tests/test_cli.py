@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,13 +13,17 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 import hf_bigload
-from hf_bigload import cli
+from hf_bigload import bandwidth, cli, doctor, hardware
+from hf_bigload.bandwidth import Bandwidths
 from hf_bigload.checkpoint import spill_cache
 from hf_bigload.checkpoint.index import stamp
 from hf_bigload.checkpoint.spill_cache import SpillCache
+from hf_bigload.report import MemoryBar
+from hf_bigload.specs import Hardware
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -94,6 +100,172 @@ def test_an_error_is_a_line_and_no_traceback() -> None:
     assert done.returncode == 1
     first, _heavy = done.stderr.splitlines()
     assert first.startswith("hf-bigload: environment variable HF_BIGLOAD_CACHE_SIZE: 'lots' is not a size")
+
+
+# ----------------------------------------------------------------------------------------------------- estimate, plan
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A Llama of 4 layers in float32, the size of a few hundred KiB."""
+    folder = tmp_path_factory.mktemp("llama")
+    config = LlamaConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4, vocab_size=256
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return str(folder)
+
+
+def planned(model: str, *arguments: str) -> dict[str, Any]:
+    return json.loads(run("plan", model, "--json", *arguments).stdout)
+
+
+def test_an_estimate_names_the_blocks_and_their_bytes(model: str) -> None:
+    said = run("estimate", model).stdout
+    assert "of weights in float32" in said
+    assert re.search(r"model\.layers\.\*\W+4\W", said)
+    content = json.loads(run("estimate", model, "--json").stdout)
+    assert content["nbytes"] == sum(block["nbytes"] for block in content["blocks"])
+    assert content["architectures"] == ["LlamaForCausalLM"] and content["download_bytes"] == 0
+
+
+def test_a_dtype_changes_the_estimate(model: str) -> None:
+    full, half = (
+        json.loads(run("estimate", model, "--json", "--dtype", dtype).stdout) for dtype in ("float32", "bfloat16")
+    )
+    buffers = sum(block["buffer_bytes"] for block in full["blocks"])
+    assert half["dtype"] == "bfloat16" and full["nbytes"] - buffers == 2 * (half["nbytes"] - buffers)
+
+
+def test_a_plan_is_that_of_a_load_with_the_same_budget(model: str) -> None:
+    with hf_bigload.enable(max_memory={"cpu": "400KiB"}):
+        loaded = hf_bigload.inspect(LlamaForCausalLM.from_pretrained(model, device_map="auto")).plan
+    content = planned(model, "--device", "none", "--ram", "400KiB")
+    assert content["machine"] == {"devices": {}, "ram": 400 << 10}
+    assert content["device_map"] == dict(loaded.device_map)
+    assert content["used"] == dict(loaded.used) and content["streams"] is loaded.streams is True
+    assert content["streamed_bytes"] == sum(placement.streamed_bytes for placement in loaded.placements)
+
+
+def test_a_machine_that_is_not_this_one_is_planned_for(model: str) -> None:
+    content = planned(model, "--device", "500KiB", "--device", "500KiB", "--ram", "1GiB")
+    assert content["machine"] == {"devices": {"cuda:0": 500 << 10, "cuda:1": 500 << 10}, "ram": 1 << 30}
+    assert 0 < content["used"]["cuda:0"] <= 500 << 10 and 0 < content["used"]["cuda:1"] <= 500 << 10
+    assert content["fits"] and content["streams"] is False and content["next_steps"] == []
+
+
+def test_without_flags_the_plan_is_for_this_machine(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hardware, "probe", lambda: Hardware({"xpu:0": 1 << 20}, 2 << 20))
+    assert planned(model)["machine"] == {"devices": {"xpu:0": 1 << 20}, "ram": 2 << 20}
+    assert planned(model, "--ram", "5MiB")["machine"] == {"devices": {"xpu:0": 1 << 20}, "ram": 5 << 20}
+    assert planned(model, "--device", "3MiB")["machine"] == {"devices": {"cuda:0": 3 << 20}, "ram": 2 << 20}
+
+
+def test_a_plan_shows_bars_blocks_and_the_next_step(model: str) -> None:
+    result = run("plan", model, "--device", "300KiB", "--ram", "1GiB")
+    assert result.exit_code == 0
+    (bar,) = (line for line in result.stdout.splitlines() if line.startswith("cuda:0"))
+    assert "█" in bar and "▓" in bar and "300.00 KiB" in bar
+    assert "hf_bigload plan for" in result.stdout and "Each pass through the model streams" in result.stdout
+    assert re.search(r"KiB more on cuda:0, and nothing streams\.$", result.stdout.strip())
+
+
+def test_where_nothing_fits_it_says_what_would_and_exits_with_1(model: str) -> None:
+    result = run("plan", model, "--device", "none", "--ram", "10KiB")
+    assert result.exit_code == 1
+    assert "No placement fits" in result.stderr and "more RAM, and it runs." in result.stdout
+    content = planned(model, "--device", "none", "--ram", "10KiB")
+    assert content["fits"] is False and [step["buys"] for step in content["next_steps"]] == [
+        "it runs",
+        "nothing streams",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [(("--ram", "lots"), "--ram"), (("--device", "0x10"), "--device"), (("--dtype", "int4"), "--dtype")],
+)
+def test_a_flag_that_makes_no_sense_is_named(arguments: tuple[str, ...], said: str, model: str) -> None:
+    result = run("plan", model, *arguments)
+    assert result.exit_code == 2 and said in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("weights", "ring", "cells"), [(0, 0, (0, 0, 40)), (50, 25, (20, 10, 10)), (100, 0, (40, 0, 0))]
+)
+def test_a_bar_is_in_proportion(weights: int, ring: int, cells: tuple[int, int, int]) -> None:
+    assert MemoryBar(weights, ring, 100).cells() == cells
+
+
+def test_a_bar_shows_the_smallest_share_and_never_grows() -> None:
+    assert MemoryBar(1, 0, 10**9).cells() == (1, 0, 39)
+    assert sum(MemoryBar(10**9, 10, 10**9).cells()) == 40
+    assert MemoryBar(300, 0, 100).cells() == (40, 0, 0)
+
+
+# ------------------------------------------------------------------------------------------------------------ doctor
+
+
+@pytest.fixture
+def figures(monkeypatch: pytest.MonkeyPatch) -> Bandwidths:
+    found = Bandwidths(disk=2e9, direct=True, host_copy=8e9, to_device={}, not_pinned=())
+    monkeypatch.setattr(bandwidth, "measure", lambda folder: os.makedirs(folder, exist_ok=True) or found)
+    return found
+
+
+def test_the_doctor_shows_the_machine(figures: Bandwidths) -> None:
+    result = run("doctor")
+    assert result.exit_code == 0
+    for word in (
+        "RAM, as far as it may be used",
+        "1.86 GiB",
+        "past the page cache",
+        "transformers",
+        "is where it should be",
+    ):
+        assert word in result.stdout
+
+
+def test_the_doctor_measures_once(figures: Bandwidths, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = json.loads(run("doctor", "--json").stdout)
+    assert first["measurement"]["bandwidths"] == dataclasses.asdict(figures) | {"not_pinned": []}
+    monkeypatch.setattr(bandwidth, "measure", lambda folder: dataclasses.replace(figures, disk=3e9))
+    assert json.loads(run("doctor", "--json").stdout)["measurement"] == first["measurement"]
+    assert json.loads(run("doctor", "--json", "--fresh").stdout)["measurement"]["bandwidths"]["disk"] == 3e9
+
+
+def test_the_doctor_says_what_is_wrong(figures: Bandwidths, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    bad = dataclasses.replace(figures, disk=1e8, direct=False, not_pinned=("cuda:0",))
+    monkeypatch.setattr(bandwidth, "measure", lambda folder: os.makedirs(folder, exist_ok=True) or bad)
+    monkeypatch.setattr(hardware, "free_disk", lambda folder: 1 << 20)
+    monkeypatch.setattr(hardware, "free_ram", lambda: 1 << 20)
+    monkeypatch.setattr(hardware, "container_limits", lambda: [(1 << 60, 0), (1 << 30, 1 << 20)])
+    monkeypatch.setattr(doctor, "_PAGEMAP", str(tmp_path / "absent"))
+    problems = json.loads(run("doctor", "--json").stdout)["problems"]
+    for said in (
+        "page-locked for cuda:0",
+        "O_DIRECT",
+        "95.37 MiB/s",
+        "1.00 MiB are free",
+        "limit of 1.00 GiB",
+        "absent",
+    ):
+        assert [problem for problem in problems if said in problem], said
+
+
+def test_a_loader_whose_seams_have_moved_is_reported(figures: Bandwidths, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import modeling_utils
+
+    monkeypatch.delattr(modeling_utils, "accelerate_dispatch")
+    (problem,) = json.loads(run("doctor", "--json").stdout)["problems"]
+    assert "The loader for transformers" in problem and "accelerate_dispatch" in problem
+
+
+def test_a_cache_folder_that_cannot_be_written_is_a_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("HF_BIGLOAD_CACHE", str(tmp_path / "file" / "cache"))
+    content = json.loads(run("doctor", "--json").stdout)
+    assert content["measurement"] is None and "could not be measured" in content["problems"][0]
 
 
 # ----------------------------------------------------------------------------------------------------------- cache ls

@@ -257,6 +257,10 @@ class Reader:
         with self._pool.lock:
             self._file(path)
 
+    def is_direct(self, path: str) -> bool:
+        """Whether the file is read past the page cache: what its file system has allowed so far."""
+        return self._opened(path).direct
+
     def is_cached(self, path: str, offset: int) -> bool:
         """Whether the byte at `offset` lies in the page cache; False where the system does not tell."""
         return self._opened(path).is_cached(offset)

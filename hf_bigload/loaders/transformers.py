@@ -31,8 +31,9 @@ from ..hardware import torch_device
 from ..materialize import Materializer
 from ..seams import AnySeam, PropertySeam, Provided, Seam
 from ..skeleton import dtype_name
-from ..specs import DISK, LoadRequest, Plan
-from .transformers_weights import Source, dtype_rule, load_weights, reverted_in_groups
+from ..specs import DISK, LoadRequest, ModelSpec, Plan, TensorSpec
+from .transformers_skeleton import describe, loaded_as, ties
+from .transformers_weights import Source, load_weights, reverted_in_groups
 
 _MODELING = "transformers.modeling_utils"
 _GENERATION = "transformers.generation.utils"
@@ -95,6 +96,10 @@ class TransformersLoader:
             PropertySeam(_MODELING, "ModuleUtilsMixin.device", device),
             *_hook_names(),
         ]
+
+    def describe(self, folder: str, stored: Mapping[str, TensorSpec] | None, dtype: str | None) -> ModelSpec | None:
+        """The model of the config in `folder`; see `registry.Describes`."""
+        return describe(folder, stored, dtype)
 
 
 def _hook_names() -> Iterator[AnySeam]:
@@ -218,15 +223,9 @@ def _plan(call: Call, model: Any, device_map: Any, max_memory: Any, hf_quantizer
 
 
 def _ties(model: Any, files: Sequence[str]) -> dict[str, str]:
-    """Tied names -> owners. A name that the checkpoint stores too may turn out not to be tied: it needs room."""
-    ties = dict(getattr(model, "all_tied_weights_keys", None) or {})
-    stored = build_index([path for path in files if path.endswith(SAFETENSORS_SUFFIX)]) if ties else ()
-    prefix = f"{model.base_model_prefix}."
-    return {
-        name: owner
-        for name, owner in ties.items()
-        if not any(key in stored for key in (name, prefix + name, name.removeprefix(prefix)))
-    }
+    if not getattr(model, "all_tied_weights_keys", None):
+        return {}  # no header needs to be read
+    return ties(model, build_index([path for path in files if path.endswith(SAFETENSORS_SUFFIX)]))
 
 
 def _tensor_names(model: nn.Module) -> list[str]:
@@ -244,14 +243,7 @@ def _loaded_as(model: Any, call: Call, hf_quantizer: Any) -> Any:
             dtype_name(tensor.dtype),
             int(tensor.numel() * hf_quantizer.param_element_size(model, name, tensor)),
         )
-    skeleton = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
-    rule = dtype_rule(skeleton, model._get_dtype_plan(call.dtype))
-
-    def loaded_as(name: str, tensor: torch.Tensor) -> tuple[str, int]:
-        dtype = rule(name) if name in skeleton else tensor.dtype
-        return dtype_name(dtype), tensor.numel() * dtype.itemsize
-
-    return loaded_as
+    return loaded_as(model, call.dtype)
 
 
 def _quantized_map(plan: Plan, hf_quantizer: Any) -> dict[str, Any]:
