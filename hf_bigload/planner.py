@@ -90,7 +90,11 @@ def follow_map(
         cut = block.whole and (len(homes) > 1 or (homes <= {CPU, DISK} and is_mostly_tables(block)))
         placements += [_as_mapped(unit, home_of, main_device) for unit in (block.parts if cut else (block,))]
     finish = partial(_finish, spec, placements, main_device, hardware, offload_buffers, map_value)
-    return next((plan for depth in _DEPTHS if (plan := finish(depth)).keeps_budget), finish(_DEPTHS[-1]))
+    for depth in _DEPTHS:
+        plan = finish(depth)
+        if plan.keeps_budget:
+            break
+    return plan
 
 
 def _as_mapped(block: BlockSpec, home_of: Callable[[str], str], main: str) -> Placement:

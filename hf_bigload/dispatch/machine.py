@@ -76,38 +76,31 @@ class Machine:
             torch.OutOfMemoryError: the device has no room for them.
         """
         ring = self.ring(device)
-        slot = ring.take(load.nbytes, lasting)
-        stage: Slot | None = None
-        try:
-            if load.staged:
-                stage = self.ring(CPU_DEVICE).take(load.staged)
-            return load.start(self, ring, slot, stage)
-        except BaseException:
-            self._give(slot, ring, stage)
-            raise
+        transfer = self._start(load, ring, ring.take(load.nbytes, lasting), Ring.take)
+        assert transfer is not None
+        return transfer
 
     def send_ahead(self, load: Load, device: torch.device) -> Transfer | None:
         """As `send`, if the rings have room now."""
         ring = self.ring(device)
         slot = ring.take_ahead(load.nbytes)
-        if slot is None:
-            return None
-        stage: Slot | None = None
+        return None if slot is None else self._start(load, ring, slot, Ring.take_ahead)
+
+    def _start(self, load: Load, ring: Ring, slot: Slot, take: Callable[[Ring, int], Slot | None]) -> Transfer | None:
+        """Have `slot` filled; None, and the slot given back, where `take` finds no room to stage."""
+        staging, stage = self.ring(CPU_DEVICE), None
         try:
             if load.staged:
-                stage = self.ring(CPU_DEVICE).take_ahead(load.staged)
+                stage = take(staging, load.staged)
                 if stage is None:
                     ring.give(slot)
                     return None
             return load.start(self, ring, slot, stage)
         except BaseException:
-            self._give(slot, ring, stage)
+            ring.give(slot)
+            if stage is not None:
+                staging.give(stage)
             raise
-
-    def _give(self, slot: Slot, ring: Ring, stage: Slot | None) -> None:
-        ring.give(slot)
-        if stage is not None:
-            self.ring(CPU_DEVICE).give(stage)
 
     def has_room(self, load: Load | None, device: torch.device) -> bool:
         """Whether `send_ahead` would find slots now."""

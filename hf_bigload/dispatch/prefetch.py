@@ -29,9 +29,6 @@ class Stop(Protocol):
     """A block that streams, as the prefetcher knows it."""
 
     @property
-    def name(self) -> str: ...
-
-    @property
     def runs_on(self) -> torch.device: ...
 
     recipe: Recipe | None
@@ -192,9 +189,9 @@ class Prefetcher:
     def go_on(self) -> None:
         """Send what comes next for the calling thread, as far as there is room."""
         with self._lock:
-            if self._ahead:
-                self._drop_others(dict(self._chain()))
-            for stop, outside in self._chain():
+            chain = dict(self._chain())
+            self._drop_others(chain)
+            for stop, outside in chain.items():
                 if stop not in self._ahead:
                     ahead = self._sender.send_ahead(stop, must_keep=outside)
                     if ahead is None:
