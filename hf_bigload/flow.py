@@ -21,10 +21,10 @@ from .checkpoint.reader import Reader, layout
 from .device_map import missing_from, normalize_devices, resolve
 from .dispatch.attach import attach, attachment_of, detach, resident_plan
 from .dispatch.executor import Executor, Machine, Stats
-from .dispatch.ring import DEVICE_ALIGNMENT
 from .errors import DeviceMapError
 from .hardware import torch_device
 from .materialize import Materializer
+from .pinned import ALIGNMENT
 from .planner import STRATEGIES, follow_map, make_plan
 from .skeleton import LoadedAs, model_spec
 from .specs import CPU, DISK, LoadRequest, ModelSpec, Plan
@@ -117,7 +117,7 @@ def dispatch(
 def _slack(model: nn.Module, plan: Plan, executor: Executor, device: str) -> int:
     """Bytes of a ring beside the weights: from files come whole pages, and on a device each tensor is aligned."""
     tensors = max((len(p.block.tensors) + len(p.block.borrows) for p in plan.placements), default=0)
-    return 2 * (tensors * DEVICE_ALIGNMENT if device != CPU else _page_slack(model, plan, executor))
+    return 2 * (tensors * ALIGNMENT if device != CPU else _page_slack(model, plan, executor))
 
 
 def _page_slack(model: nn.Module, plan: Plan, executor: Executor) -> int:

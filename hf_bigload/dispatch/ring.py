@@ -20,12 +20,10 @@ from torch.utils.dlpack import from_dlpack, to_dlpack
 
 from ..checkpoint.reader import PAGE, page_buffer
 from ..errors import human_bytes
-from ..pinned import pinned_buffer
-
-DEVICE_ALIGNMENT = 512
-"""Bytes: where an accelerator's allocator would start a tensor, and so where kernels expect it."""
+from ..pinned import ALIGNMENT, pinned_buffer
 
 _MAX_PARTS = 256
+"""Places in a ring that views are remembered of."""
 
 POISON = os.environ.get("HF_BIGLOAD_POISON") == "1"
 """Tests overwrite released slots with NaN, so that a use after release shows."""
@@ -237,7 +235,7 @@ class DeviceMemory(Memory):
         torch.OutOfMemoryError: the device has no room; says how much was needed and how much is free.
     """
 
-    grain = DEVICE_ALIGNMENT
+    grain = ALIGNMENT
 
     def __init__(self, nbytes: int, device: torch.device, streams: tuple[torch.Stream, ...] = ()) -> None:
         super().__init__(nbytes)

@@ -10,9 +10,10 @@ from functools import partial
 
 import torch
 
-from .ring import DEVICE_ALIGNMENT, Ring, Slot
+from ..pinned import ALIGNMENT
+from .ring import Ring, Slot
 
-MERGE_GAP = DEVICE_ALIGNMENT
+MERGE_GAP = ALIGNMENT
 """Bytes between two weights in one piece of memory below which one copy takes both: no more than alignment costs."""
 
 
@@ -110,7 +111,7 @@ class Run:
     def reaches(self, address: int) -> bool:
         """Whether what begins at `address` may join: it begins soon after, and would be aligned in the slot."""
         distance = address - self.address
-        return 0 <= distance - self.nbytes < MERGE_GAP and distance % DEVICE_ALIGNMENT == 0
+        return 0 <= distance - self.nbytes < MERGE_GAP and distance % ALIGNMENT == 0
 
 
 @dataclass
@@ -146,4 +147,4 @@ class Packing:
 
 
 def _aligned(nbytes: int) -> int:
-    return -(-nbytes // DEVICE_ALIGNMENT) * DEVICE_ALIGNMENT
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -165,3 +166,29 @@ def assert_same_gradients(plain: nn.Module, other: nn.Module) -> None:
 def values(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The tensors as they are now."""
     return {name: tensor.detach().cpu().clone() for name, tensor in state.items()}
+
+
+PATIENCE = 20
+"""Seconds after which threads that wait for each other are taken for dead."""
+
+
+def together(*actions: Callable[[], Any]) -> list[Any]:
+    """Run each action in a thread of its own, and return their results; raises what one of them raised."""
+    results: list[Any] = [None] * len(actions)
+    errors: list[BaseException] = []
+
+    def run(i: int) -> None:
+        try:
+            results[i] = actions[i]()
+        except BaseException as error:  # noqa: BLE001 - raised below
+            errors.append(error)
+
+    threads = [threading.Thread(target=run, args=(i,), daemon=True) for i in range(len(actions))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(PATIENCE)
+        assert not thread.is_alive(), "a deadlock"
+    if errors:
+        raise errors[0]
+    return results

@@ -35,6 +35,7 @@ from tests import simdev
 
 from . import (
     CPU,
+    PATIENCE,
     Layer,
     Net,
     Tied,
@@ -46,6 +47,7 @@ from . import (
     placed,
     same_bits,
     seeded,
+    together,
     values,
 )
 
@@ -55,31 +57,6 @@ WHOLE_PAGES = 2 * 4096
 DISPATCH_FILES = tuple(
     f"dispatch/{name}.py" for name in ("attach", "executor", "prefetch", "residency", "transfer", "ring")
 )
-
-PATIENCE = 20
-"""Seconds after which threads that wait for each other are taken for dead."""
-
-
-def together(*actions: Callable[[], Any]) -> list[Any]:
-    """Run each action in a thread of its own, and return their results; raises what one of them raised."""
-    results: list[Any] = [None] * len(actions)
-    errors: list[BaseException] = []
-
-    def run(i: int) -> None:
-        try:
-            results[i] = actions[i]()
-        except BaseException as error:  # noqa: BLE001 - raised below
-            errors.append(error)
-
-    threads = [threading.Thread(target=run, args=(i,), daemon=True) for i in range(len(actions))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(PATIENCE)
-        assert not thread.is_alive(), "a deadlock"
-    if errors:
-        raise errors[0]
-    return results
 
 
 class Gate(nn.Module):

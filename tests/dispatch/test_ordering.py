@@ -35,11 +35,22 @@ from hf_bigload.dispatch.residency import Residency
 from hf_bigload.dispatch.ring import DeviceMemory, DeviceSlot, HostSlot, Slot
 from tests import simdev
 
-from . import CPU, Layer, Net, assert_model_at_rest, executor_of, from_disk, leased, placed, same_bits, seeded
+from . import (
+    CPU,
+    PATIENCE,
+    Layer,
+    Net,
+    assert_model_at_rest,
+    executor_of,
+    from_disk,
+    leased,
+    placed,
+    same_bits,
+    seeded,
+    together,
+)
 
 WIDTH = 8
-PATIENCE = 20
-"""Seconds after which threads that wait for each other are taken for dead."""
 
 QUICK, SLOW = range(100), range(100, 2000)
 
@@ -384,25 +395,6 @@ def _settled(outcome: Any) -> Any:
     return outcome.detach() if isinstance(outcome, torch.Tensor) else outcome
 
 
-def _together(*actions: Callable[[], Any]) -> None:
-    errors: list[BaseException] = []
-
-    def run(action: Callable[[], Any]) -> None:
-        try:
-            action()
-        except BaseException as error:  # noqa: BLE001 - raised below
-            errors.append(error)
-
-    threads = [threading.Thread(target=run, args=(action,), daemon=True) for action in actions]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(PATIENCE)
-        assert not thread.is_alive(), "a deadlock"
-    if errors:
-        raise errors[0]
-
-
 def several_threads(program: Program, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     program.grad = False
     model, plain = program.dispatched(folder), program.plain
@@ -429,7 +421,7 @@ def several_threads(program: Program, folder: Path, monkeypatch: pytest.MonkeyPa
         ]
         own = [tuple(torch.Stream(device=name) for name in ("sim:0", "sim:1")) for _ in every]
         chosen = [streams if program.dice.random() < 0.7 else () for streams in own]
-        _together(*(lambda r=routes, s=streams: thread(r, s) for routes, streams in zip(every, chosen, strict=True)))
+        together(*(lambda r=routes, s=streams: thread(r, s) for routes, streams in zip(every, chosen, strict=True)))
         assert_model_at_rest(model)
     for name, parameter in plain.named_parameters():
         assert same_bits(dict(model.named_parameters())[name], parameter), name
@@ -565,7 +557,7 @@ class TestStreams:
                 assert written.wait(PATIENCE)
 
         with simdev.asynchronous():
-            _together(write, stay)
+            together(write, stay)
         assert (weight == 5).all() and weight.device == CPU
 
     @torch.no_grad()
@@ -634,7 +626,7 @@ def sending_at_once(_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
                 assert torch.accelerator.current_stream("sim:0") == own
             assert torch.accelerator.current_stream("sim:0") == own
 
-    _together(send, send)
+    together(send, send)
 
 
 class _Sharing(nn.Module):
