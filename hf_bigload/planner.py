@@ -12,20 +12,26 @@ computed where it rests.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate
+from math import inf
 from typing import Any
 
 from .errors import BudgetError, human_bytes
-from .specs import CPU, DISK, BlockSpec, Hardware, ModelSpec, Placement, Plan
+from .schedule import Task, phases, predict, task, window
+from .search import DEVICE, FILES, RAM, Item, Problem, Search, Step
+from .specs import CPU, DISK, BlockSpec, Hardware, ModelSpec, Placement, Plan, Workload
 
 STRATEGIES = ("auto", "balanced", "balanced_low_0", "sequential")
 _MAX_RING_CANDIDATES = 32
 
 _DEPTHS = (2, 1)
 """Blocks that a ring holds at once, the best first: with one, nothing comes while something runs."""
+
+_WORTH_A_SLOT = 0.01
+"""What a plan without prefetch has to gain: a second slot also hides latencies, which no prediction knows."""
 
 MapValue = Callable[[str], Any]
 """Device name -> how device maps write it (accelerators by number)."""
@@ -37,6 +43,7 @@ def make_plan(
     strategy: str = "auto",
     offload_buffers: bool = False,
     map_value: MapValue = str,
+    workload: Workload | None = None,
 ) -> Plan:
     """Place every block of `spec` on `hardware`.
 
@@ -44,32 +51,47 @@ def make_plan(
         strategy: "auto" and "balanced" spread a model that fits evenly over the accelerators; "balanced_low_0" leaves
             the first as empty as it can; "sequential" fills them in order.
         offload_buffers: buffers of streamed blocks rest with their weights, instead of on the execution device.
+        workload: what a request is, whose predicted time is minimised where not everything can be resident.
 
     Raises:
         BudgetError: no placement keeps the budgets; names what fits nowhere, its bytes and the budgets.
     """
     if strategy not in STRATEGIES:
         raise ValueError(f"device_map={strategy!r}: choose one of {', '.join(STRATEGIES)}, a device, or a dict.")
+    workload = workload or Workload()
     resident = _resident(spec, hardware, strategy)
     if resident is None:
-        placements, depth = _offloaded(spec, hardware, offload_buffers, last_first=strategy != "sequential")
+        placements, depth = _offloaded(spec, hardware, strategy, offload_buffers, workload)
     else:
         placements, depth = resident, 0
     computes = {placement.device for placement in placements}
     main = next((name for name in hardware.devices if name in computes), CPU)
-    return _finish(spec, placements, main, hardware, offload_buffers, map_value, depth)
+    return _finish(spec, placements, main, hardware, workload, offload_buffers, map_value, depth)
 
 
 def _offloaded(
-    spec: ModelSpec, hardware: Hardware, offload_buffers: bool, last_first: bool
+    spec: ModelSpec, hardware: Hardware, strategy: str, offload_buffers: bool, workload: Workload
 ) -> tuple[list[Placement], int]:
     """A placement with offload, and the blocks that its rings hold."""
-    for depth in _DEPTHS[:-1]:
+    budget = {**hardware.devices, CPU: hardware.ram}
+    best: tuple[list[Placement], int] | None = None
+    shortest = inf
+    for depth in _DEPTHS:
+        offload = _Offload(spec, hardware, offload_buffers, last_first=strategy != "sequential", depth=depth)
         try:
-            return _Offload(spec, hardware, offload_buffers, last_first, depth).placements(), depth
+            placements = offload.placements() if strategy == "sequential" else offload.searched(workload)
         except BudgetError:
+            if depth == _DEPTHS[-1] and best is None:
+                raise
             continue
-    return _Offload(spec, hardware, offload_buffers, last_first, _DEPTHS[-1]).placements(), _DEPTHS[-1]
+        if strategy == "sequential":
+            return placements, depth
+        followed = _borrowers_follow(placements, budget)
+        seconds = sum(phase.seconds for phase in predict(followed, workload, hardware.speeds, depth))
+        if seconds < shortest * (1 - _WORTH_A_SLOT):
+            best, shortest = (placements, depth), seconds
+    assert best is not None
+    return best
 
 
 def follow_map(
@@ -79,6 +101,7 @@ def follow_map(
     hardware: Hardware,
     offload_buffers: bool = False,
     map_value: MapValue = str,
+    workload: Workload | None = None,
 ) -> Plan:
     """The plan that a complete device map describes: `home_of(tensor name)` is its home.
 
@@ -89,7 +112,9 @@ def follow_map(
         homes = {home_of(t.name) for t in block.tensors}
         cut = block.whole and (len(homes) > 1 or (homes <= {CPU, DISK} and is_mostly_tables(block)))
         placements += [_as_mapped(unit, home_of, main_device) for unit in (block.parts if cut else (block,))]
-    finish = partial(_finish, spec, placements, main_device, hardware, offload_buffers, map_value)
+    finish = partial(
+        _finish, spec, placements, main_device, hardware, workload or Workload(), offload_buffers, map_value
+    )
     return next((plan for depth in _DEPTHS if (plan := finish(depth)).keeps_budget), finish(_DEPTHS[-1]))
 
 
@@ -206,6 +231,7 @@ class _Offload:
         self.units = self._cut(self.limit)
 
     def placements(self) -> list[Placement]:
+        """Filled in order: accelerators, RAM, disk."""
         if self.on_cpu:
             return self._below([None] * len(self.units))
         if self.depth > 1:
@@ -215,6 +241,69 @@ class _Offload:
         except BudgetError:  # what comes from disk passes through RAM: whole blocks may be too large for that
             self.units = self._cut(min(self.limit, self.hardware.ram or self.hardware.passage))
             return self._below(list(self._best_ring().homes))
+
+    def searched(self, workload: Workload) -> list[Placement]:
+        """The fastest that the search finds. With several accelerators: filled in order."""
+        filled, refused = None, None
+        try:
+            filled = self.placements()
+        except BudgetError as error:
+            refused = error
+        if filled is not None and len(self.hardware.devices) > 1:
+            return filled
+        tiers = [self.main, CPU, DISK]
+        start = [tuple(FILES if p.home == DISK else tiers.index(p.home) for p in filled)] if filled else []
+        best = Search(self._problem(workload)).best(start) if len(self.hardware.devices) <= 1 else None
+        if best is not None:
+            return [self._placement(unit, tiers[tier]) for unit, tier in zip(self.units, best, strict=True)]
+        if filled is None:
+            assert refused is not None
+            raise refused
+        return filled
+
+    def _problem(self, workload: Workload) -> Problem:
+        """The units in figures."""
+        owner = {t.name: i for i, unit in enumerate(self.units) for t in unit.tensors}
+        lenders = [
+            next((owner[n] for n in u.borrows if n in owner), i) if not u.tensors else i
+            for i, u in enumerate(self.units)
+        ]
+        found = []
+        for phase in phases(self.units, workload):
+            steps = (
+                Step(lenders[i], self._tasks(self.units[i], self.units[lenders[i]], phase.tokens)) for i in phase.blocks
+            )
+            found.append((phase.calls, tuple(steps)))
+        kept = sum(map(self._kept_buffers, self.units))
+        return Problem(
+            items=tuple(self._item(unit, workload) for unit in self.units),
+            phases=tuple(found),
+            device=self.limit - kept,
+            ram=0 if self.on_cpu else self.hardware.ram,
+            passage=self.hardware.passage,
+            slots=self.depth,
+        )
+
+    def _item(self, unit: BlockSpec, workload: Workload) -> Item:
+        arrival, calls = self._arrival(unit), unit.calls or workload.new_tokens
+        resident = unit.nbytes - self._kept_buffers(unit)
+        if self.on_cpu:
+            return Item(resident, 0, ring=arrival, staging=0, calls=calls, tiers=(DEVICE, FILES))
+        if arrival > self.limit:
+            return Item(0, unit.nbytes, ring=0, staging=arrival, calls=calls, tiers=(RAM, FILES))
+        return Item(resident, unit.nbytes, ring=arrival, staging=arrival, calls=calls)
+
+    def _tasks(self, unit: BlockSpec, lender: BlockSpec, tokens: int) -> tuple[Task, ...]:
+        """A call of `unit` for each tier that `lender` may rest in: itself, or the block whose weights it uses."""
+        tasks = []
+        for home in (self.main, CPU, DISK):
+            placement, borrowed = self._placement(unit, home), 0
+            if unit is not lender:
+                placement = _following(placement, self._placement(lender, home), {self.main: self.limit})
+                away = home != self.main and not placement.at_home
+                borrowed = sum(self.sizes.get(name, 0) for name in unit.borrows) if away else 0
+            tasks.append(task(placement, tokens, self.hardware.speeds, borrowed))
+        return tuple(tasks)
 
     def _cut(self, limit: int) -> tuple[BlockSpec, ...]:
         """The blocks, or the leaves of those that need more than `limit` bytes at once."""
@@ -344,6 +433,7 @@ def _finish(
     placements: list[Placement],
     main: str,
     hardware: Hardware,
+    workload: Workload,
     offload_buffers: bool,
     map_value: MapValue,
     depth: int,
@@ -362,6 +452,7 @@ def _finish(
         ring=ring,
         ties=dict(spec.ties),
         offload_buffers=offload_buffers,
+        predicted=predict(placements, workload, hardware.speeds, depth),
     )
 
 
@@ -372,17 +463,16 @@ def _borrowers_follow(placements: list[Placement], budget: Mapping[str, int]) ->
     for placement in placements:
         lender = next((owner[n] for n in placement.block.borrows if n in owner), None)
         if lender is not None and not placement.block.tensors:
-            home, device = lender.home, lender.device
-            too_large = home != device != CPU and lender.block.nbytes > budget.get(device, lender.block.nbytes)
-            at_home = too_large or _gathers_at(placement.block, home, device)
-            placement = replace(placement, home=home, device=device, at_home=at_home)
+            placement = _following(placement, lender, budget)
         followed.append(placement)
     return followed
 
 
-def window(sizes: Iterable[int], depth: int) -> int:
-    """Bytes of a ring in which any `depth` blocks of these sizes fit together."""
-    return sum(sorted(sizes, reverse=True)[:depth])
+def _following(placement: Placement, lender: Placement, budget: Mapping[str, int]) -> Placement:
+    home, device = lender.home, lender.device
+    too_large = home != device != CPU and lender.block.nbytes > budget.get(device, lender.block.nbytes)
+    at_home = too_large or _gathers_at(placement.block, home, device)
+    return replace(placement, home=home, device=device, at_home=at_home)
 
 
 def _rings(placements: Sequence[Placement], depth: int) -> dict[str, int]:
