@@ -21,7 +21,7 @@ from typing import Any
 
 from .errors import BudgetError, human_bytes
 from .schedule import Task, phases, predict, task, window
-from .search import DEVICE, FILES, RAM, Item, Problem, Search, Step
+from .search import DEVICE, FILES, RAM, Choice, Item, Problem, Search, Step
 from .specs import CPU, DISK, BlockSpec, Hardware, ModelSpec, Placement, Plan, Workload
 
 STRATEGIES = ("auto", "balanced", "balanced_low_0", "sequential")
@@ -72,26 +72,31 @@ def make_plan(
 def _offloaded(
     spec: ModelSpec, hardware: Hardware, strategy: str, offload_buffers: bool, workload: Workload
 ) -> tuple[list[Placement], int]:
-    """A placement with offload, and the blocks that its rings hold."""
-    budget = {**hardware.devices, CPU: hardware.ram}
+    """A placement with offload, and the blocks that its rings hold: the fastest that the search finds."""
+    last_first = strategy != "sequential"
     best: tuple[list[Placement], int] | None = None
-    shortest = inf
-    for depth in _DEPTHS:
-        offload = _Offload(spec, hardware, offload_buffers, last_first=strategy != "sequential", depth=depth)
+    if last_first and len(hardware.devices) <= 1:
+        offload, shortest = _Offload(spec, hardware, offload_buffers, last_first, depth=1), inf
+        problem = offload.problem(workload)
+        for depth in _DEPTHS:
+            problem = replace(problem, slots=depth)
+            choice = Search(problem).best()
+            seconds = inf if choice is None else problem.seconds(choice)
+            if choice is not None and seconds < shortest * (1 - _WORTH_A_SLOT):
+                best, shortest = (offload.at(choice), depth), seconds
+    return best or _filled_in_order(spec, hardware, offload_buffers, last_first)
+
+
+def _filled_in_order(
+    spec: ModelSpec, hardware: Hardware, offload_buffers: bool, last_first: bool
+) -> tuple[list[Placement], int]:
+    """The same for "sequential", several accelerators, and where blocks have to be cut to pass through RAM."""
+    for depth in _DEPTHS[:-1]:
         try:
-            placements = offload.placements() if strategy == "sequential" else offload.searched(workload)
+            return _Offload(spec, hardware, offload_buffers, last_first, depth).placements(), depth
         except BudgetError:
-            if depth == _DEPTHS[-1] and best is None:
-                raise
             continue
-        if strategy == "sequential":
-            return placements, depth
-        followed = _borrowers_follow(placements, budget)
-        seconds = sum(phase.seconds for phase in predict(followed, workload, hardware.speeds, depth))
-        if seconds < shortest * (1 - _WORTH_A_SLOT):
-            best, shortest = (placements, depth), seconds
-    assert best is not None
-    return best
+    return _Offload(spec, hardware, offload_buffers, last_first, _DEPTHS[-1]).placements(), _DEPTHS[-1]
 
 
 def follow_map(
@@ -242,26 +247,12 @@ class _Offload:
             self.units = self._cut(min(self.limit, self.hardware.ram or self.hardware.passage))
             return self._below(list(self._best_ring().homes))
 
-    def searched(self, workload: Workload) -> list[Placement]:
-        """The fastest that the search finds. With several accelerators: filled in order."""
-        filled, refused = None, None
-        try:
-            filled = self.placements()
-        except BudgetError as error:
-            refused = error
-        if filled is not None and len(self.hardware.devices) > 1:
-            return filled
-        tiers = [self.main, CPU, DISK]
-        start = [tuple(FILES if p.home == DISK else tiers.index(p.home) for p in filled)] if filled else []
-        best = Search(self._problem(workload)).best(start) if len(self.hardware.devices) <= 1 else None
-        if best is not None:
-            return [self._placement(unit, tiers[tier]) for unit, tier in zip(self.units, best, strict=True)]
-        if filled is None:
-            assert refused is not None
-            raise refused
-        return filled
+    def at(self, choice: Choice) -> list[Placement]:
+        """The units placed as the search chose."""
+        names = {DEVICE: self.main, RAM: CPU, FILES: DISK}
+        return [self._placement(unit, names[tier]) for unit, tier in zip(self.units, choice, strict=True)]
 
-    def _problem(self, workload: Workload) -> Problem:
+    def problem(self, workload: Workload) -> Problem:
         """The units in figures."""
         owner = {t.name: i for i, unit in enumerate(self.units) for t in unit.tensors}
         lenders = [

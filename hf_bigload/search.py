@@ -4,16 +4,17 @@ Each item rests in one of three tiers. Whatever does not rest in the first one s
 from the last one also through a staging ring; a ring takes room for as many of the largest that pass through it as it
 has slots. So the search starts from every size that may be the largest to stream (what is larger stays resident), fills
 what room is left in several orders, and keeps the starts whose schedules are shortest. From the best of these it
-descends by single moves and swaps, each followed by filling what room it made. Schedules judge; they are counted,
-and when there were enough the best so far is taken: a model of thousands of blocks has many plans that are as good.
+descends by single moves and swaps, each followed by filling what room it made. Schedules judge.
+The work is counted, and after enough of it the best so far is taken: a model of thousands of blocks has many plans
+that are as good. Few choices are all tried.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import product
-from math import prod
+from itertools import product, takewhile
+from math import isqrt, prod
 from typing import NamedTuple
 
 from .schedule import Task, phase_seconds, window
@@ -21,9 +22,11 @@ from .schedule import Task, phase_seconds, window
 DEVICE, RAM, FILES = 0, 1, 2
 """Tiers: where it is computed, memory, disk."""
 
-MOST_SCHEDULES = 1200
-_SCHEDULED_ITEMS = 20_000
-_FEWEST_SCHEDULES = 6
+MOST_STEPS = 2000
+_STEPS_TIMES_ITEMS = 30_000
+_FEWEST_STEPS = 6
+"""Steps of a search (choices filled, schedules followed), each of which takes time proportional to the items."""
+
 _DESCENTS = 4
 _SAME = 1e-9
 """Schedules that differ by less are as long as each other; the one that moves fewer bytes is better."""
@@ -99,34 +102,27 @@ class Problem:
 
 @dataclass
 class Search:
-    """One search; `schedules` counts how many were looked at."""
+    """One search; `steps` counts its work."""
 
     problem: Problem
-    most: int = 0
-    schedules: int = 0
+    steps: int = 0
     known: dict[Choice, tuple[float, int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.items = self.problem.items
-        if not self.most:
-            affordable = _SCHEDULED_ITEMS // max(1, len(self.items))
-            self.most = min(MOST_SCHEDULES, max(_FEWEST_SCHEDULES, affordable))
+        self.most = min(MOST_STEPS, max(_FEWEST_STEPS, _STEPS_TIMES_ITEMS // max(1, len(self.items))))
 
-    def best(self, starts: Iterable[Choice] = ()) -> Choice | None:
-        """The best choice found, from `starts` and from those that it makes; None where no choice keeps the budgets."""
-        found: dict[Choice, None] = {}
-        for start in (*starts, *self._starts()):
-            if self.problem.fits(start):
-                found.setdefault(start)
-                if len(found) > self.most // 2:
-                    break
-        ranked = sorted(found, key=self._length)
-        descended = [self._descend(choice) for choice in ranked[:_DESCENTS]]
-        return min(descended, key=self._length, default=None)
+    def best(self) -> Choice | None:
+        """The best choice found; None where none was found that keeps the budgets."""
+        every = [item.tiers for item in self.items]
+        if prod(map(len, every)) <= self.most // 2:
+            return min(filter(self.problem.fits, product(*every)), key=self._length, default=None)
+        ranked = sorted(dict.fromkeys(self._starts()), key=self._length)
+        return min(map(self._descend, ranked[:_DESCENTS]), key=self._length, default=None)
 
     def _length(self, choice: Choice) -> tuple[float, int]:
         if choice not in self.known:
-            self.schedules += 1
+            self.steps += 1
             self.known[choice] = (self.problem.seconds(choice), self.problem.moved(choice))
         return self.known[choice]
 
@@ -139,24 +135,22 @@ class Search:
     # ------------------------------------------------------------ starts
 
     def _starts(self) -> Iterator[Choice]:
-        if prod(len(item.tiers) for item in self.items) <= self.most // 2:
-            yield from product(*(item.tiers for item in self.items))
-            return
         orders = list(self._orders())
         for ring in self._sizes(lambda item: item.ring):
             lowest = [DEVICE if item.ring > ring and DEVICE in item.tiers else FILES for item in self.items]
             for staging in self._sizes(lambda item: item.staging):
                 for order in orders:
+                    if self.steps >= self.most // 3:
+                        return
                     filled = self._filled(lowest, order, staging)
                     if filled is not None:
                         yield filled
 
     def _sizes(self, size: Callable[[Item], int]) -> list[int]:
-        """The sizes that may be the largest to pass through a ring: all of them, or some if they are many."""
-        sizes = sorted({size(item) for item in self.items} | {0}, reverse=True)
-        most = max(2, int((self.most / 4) ** 0.5))
-        step = -(-len(sizes) // most)
-        return sizes[::step]
+        """The sizes that may be the largest to pass through a ring, among them the largest and none; some if many."""
+        sizes = sorted({size(item) for item in self.items} - {0}, reverse=True)
+        step = -(-len(sizes) // max(1, isqrt(self.most // 12)))
+        return [*sizes[:1], 0, *sizes[step::step]] if sizes else [0]
 
     def _orders(self) -> Iterator[list[int]]:
         """Who gets room first: what is called most (or least) often; of these the last, or some all along the model."""
@@ -171,6 +165,7 @@ class Search:
 
         With `staging`, what is larger does not come from disk.
         """
+        self.steps += 1
         filled = list(choice)
         device, _ = self.problem.room(filled)
         if device < 0:
@@ -196,19 +191,14 @@ class Search:
     # ------------------------------------------------------------ descent
 
     def _descend(self, choice: Choice) -> Choice:
-        """Better neighbours until there is none, or schedules ran out."""
+        """Better neighbours until there is none, or the steps are used up."""
         orders = list(self._orders())
-        improved = True
-        while improved:
-            improved = False
-            for changed in self._neighbours(choice):
-                for filled in {self._filled(changed, order): None for order in orders}:
-                    if self.schedules >= self.most:
-                        return choice
-                    if filled is not None and filled not in self.known and self._is_better(filled, choice):
-                        choice, improved = filled, True
-                if improved:
-                    break
+        better: Choice | None = choice
+        while better is not None:
+            choice = better
+            filled = (self._filled(changed, order) for changed in self._neighbours(choice) for order in orders)
+            affordable = takewhile(lambda _: self.steps < self.most, filled)
+            better = next((other for other in affordable if other and self._is_better(other, choice)), None)
         return choice
 
     def _neighbours(self, choice: Choice) -> Iterator[list[int]]:

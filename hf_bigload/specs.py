@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 DISK = "disk"
@@ -122,11 +123,11 @@ class BlockSpec:
     calls: int | None = None
     """Forwards per request, where the model's structure says it: 1 for an encoder or a tower. None: once per token."""
 
-    @property
+    @cached_property
     def buffer_bytes(self) -> int:
         return sum(t.nbytes for t in self.tensors if t.is_buffer)
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         return sum(t.nbytes for t in self.tensors)
 
