@@ -22,7 +22,8 @@ from .schedule import Task, phase_seconds, window
 DEVICE, RAM, FILES = 0, 1, 2
 """Tiers: where it is computed, memory, disk."""
 
-MOST_STEPS = 2000
+MOST_STEPS = 3000
+_FEW_CHOICES = 4096
 _STEPS_TIMES_ITEMS = 30_000
 _FEWEST_STEPS = 6
 """Steps of a search (choices filled, schedules followed), each of which takes time proportional to the items."""
@@ -115,7 +116,7 @@ class Search:
     def best(self) -> Choice | None:
         """The best choice found; None where none was found that keeps the budgets."""
         every = [item.tiers for item in self.items]
-        if prod(map(len, every)) <= self.most // 2:
+        if len(every) < 20 and prod(map(len, every)) <= _FEW_CHOICES:
             return min(filter(self.problem.fits, product(*every)), key=self._length, default=None)
         ranked = sorted(dict.fromkeys(self._starts()), key=self._length)
         return min(map(self._descend, ranked[:_DESCENTS]), key=self._length, default=None)
@@ -136,8 +137,7 @@ class Search:
 
     def _starts(self) -> Iterator[Choice]:
         orders = list(self._orders())
-        for ring in self._sizes(lambda item: item.ring):
-            lowest = [DEVICE if item.ring > ring and DEVICE in item.tiers else FILES for item in self.items]
+        for lowest in self._lowest():
             for staging in self._sizes(lambda item: item.staging):
                 for order in orders:
                     if self.steps >= self.most // 3:
@@ -145,6 +145,19 @@ class Search:
                     filled = self._filled(lowest, order, staging)
                     if filled is not None:
                         yield filled
+
+    def _lowest(self) -> Iterator[list[int]]:
+        """For each size of what may stream, what is larger resident; with two slots also all but one of what is."""
+        sizes = self._sizes(lambda item: item.ring)
+        for excepted in (None, *(sizes if self.problem.slots > 1 else ())):
+            for ring in sizes:
+                if excepted is not None and excepted <= ring:
+                    continue
+                but_one = next((i for i, item in enumerate(self.items) if item.ring == excepted), None)
+                yield [
+                    DEVICE if item.ring > ring and DEVICE in item.tiers and i != but_one else FILES
+                    for i, item in enumerate(self.items)
+                ]
 
     def _sizes(self, size: Callable[[Item], int]) -> list[int]:
         """The sizes that may be the largest to pass through a ring, among them the largest and none; some if many."""
@@ -192,7 +205,7 @@ class Search:
 
     def _descend(self, choice: Choice) -> Choice:
         """Better neighbours until there is none, or the steps are used up."""
-        orders = list(self._orders())
+        orders = [*self._orders(), []]  # with none, a neighbour is taken as it is: disk may be better than memory
         better: Choice | None = choice
         while better is not None:
             choice = better
