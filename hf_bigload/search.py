@@ -215,6 +215,7 @@ class Search:
         return choice
 
     def _neighbours(self, choice: Choice) -> Iterator[list[int]]:
+        """One item elsewhere; two in each other's tiers; one moved up, and the others of that tier chosen anew."""
         for i, item in enumerate(self.items):
             for tier in item.tiers:
                 if tier != choice[i]:
@@ -226,3 +227,8 @@ class Search:
                     changed = list(choice)
                     changed[i], changed[j] = other, one
                     yield changed
+        for i, item in enumerate(self.items):
+            for tier in item.tiers:
+                if tier < choice[i]:
+                    anew = [of.tiers[-1] if at == tier else at for of, at in zip(self.items, choice, strict=True)]
+                    yield [*anew[:i], tier, *anew[i + 1 :]]
