@@ -2,12 +2,11 @@
 
 `make_plan` decides by itself, `follow_map` does what a device map says. Both end in the same frozen `Plan`.
 
-What streams needs room where it lands: for the block that runs, and for the next one, which comes meanwhile. So the
-planner first tries to stream nothing; then it tries each block size as the largest that may stream, keeps whatever is
-larger resident, and takes the ring that leaves the most bytes resident. Where no ring of two blocks fits, one does with
-one. The last blocks stay resident first: where blocks do not run equally often, it is the decoder's, which come
-last, that run once per token. A block that fits nowhere is cut into its leaves; a leaf larger than the device is
-computed where it rests.
+It first tries to stream nothing. Otherwise `search` looks for the residency, and for the ring of two slots or one,
+whose predicted schedule is shortest for the workload; `schedule` says how long that is. For "sequential", for several
+accelerators and where the search finds nothing, blocks fill the devices in order: each block size is tried as the
+largest that may stream, whatever is larger is kept resident, and the ring that leaves the most bytes resident is taken.
+A block that fits nowhere is cut into its leaves; a leaf larger than the device is computed where it rests.
 """
 
 from __future__ import annotations
@@ -229,7 +228,9 @@ class _Offload:
         self.step = -1 if last_first else 1
         self.main = next(iter(hardware.devices), CPU)
         self.on_cpu = self.main == CPU
-        self.limit = hardware.ram if self.on_cpu else hardware.devices[self.main]
+        self.kept = sum(map(self._kept_buffers, spec.blocks))
+        # what streams to an accelerator has to fit beside the buffers there
+        self.limit = hardware.ram if self.on_cpu else max(0, hardware.devices[self.main] - self.kept)
         self.sizes = {t.name: t.nbytes for block in spec.blocks for t in block.tensors}
         leaves = [leaf for block in spec.blocks for leaf in (block.parts or (block,))]
         self.read_whole = {name for leaf in leaves if not leaf.gathers for name in leaf.borrows}
@@ -265,11 +266,10 @@ class _Offload:
                 Step(lenders[i], self._tasks(self.units[i], self.units[lenders[i]], phase.tokens)) for i in phase.blocks
             )
             found.append((phase.calls, tuple(steps)))
-        kept = sum(map(self._kept_buffers, self.units))
         return Problem(
             items=tuple(self._item(unit, workload) for unit in self.units),
             phases=tuple(found),
-            device=self.limit - kept,
+            device=self.limit - (self.kept if self.on_cpu else 0),
             ram=0 if self.on_cpu else self.hardware.ram,
             passage=self.hardware.passage,
             slots=self.depth,

@@ -232,3 +232,15 @@ def test_buffers_of_blocks_on_disk_count_in_ram_where_the_cpu_computes_with_them
     for ram in range(220, 500, 7):
         plan = make_plan(spec(*layers), Hardware({}, ram))
         assert_within_budget(plan)
+
+
+def test_what_streams_fits_beside_the_buffers_of_an_accelerator() -> None:
+    layers = [BlockSpec(f"l{i}", (tensor(f"l{i}.w", 70), tensor(f"l{i}.b", 30, True)), whole=False) for i in range(5)]
+    for limit in range(150, 500, 7):
+        assert_within_budget(make_plan(spec(*layers), Hardware({"cuda:0": limit}, 1000)))
+
+
+def test_a_plan_says_what_a_request_takes() -> None:
+    resident, streamed = (make_plan(spec(*LAYERS), Hardware({}, ram)) for ram in (600, 300))
+    assert [phase.name for phase in resident.predicted] == ["prefill", "decode"]
+    assert 0 < resident.seconds < streamed.seconds
