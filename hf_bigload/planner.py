@@ -2,30 +2,35 @@
 
 `make_plan` decides by itself, `follow_map` does what a device map says. Both end in the same frozen `Plan`.
 
-What streams needs room where it lands: for the block that runs, and for the next one, which comes meanwhile. So the
-planner first tries to stream nothing; then it tries each block size as the largest that may stream, keeps whatever is
-larger resident, and takes the ring that leaves the most bytes resident. Where no ring of two blocks fits, one does with
-one. The last blocks stay resident first: where blocks do not run equally often, it is the decoder's, which come
-last, that run once per token. A block that fits nowhere is cut into its leaves; a leaf larger than the device is
-computed where it rests.
+It first tries to stream nothing. Otherwise `search` looks for the residency, and for the ring of two slots or one,
+whose predicted schedule is shortest for the workload; `schedule` says how long that is. For "sequential", for several
+accelerators and where the search finds nothing, blocks fill the devices in order: each block size is tried as the
+largest that may stream, whatever is larger is kept resident, and the ring that leaves the most bytes resident is taken.
+A block that fits nowhere is cut into its leaves; a leaf larger than the device is computed where it rests.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate
+from math import inf
 from typing import Any
 
 from .errors import BudgetError, human_bytes
-from .specs import CPU, DISK, BlockSpec, Hardware, ModelSpec, Placement, Plan
+from .schedule import Task, phases, predict, task, window
+from .search import DEVICE, FILES, RAM, Choice, Item, Problem, Search, Step
+from .specs import CPU, DISK, BlockSpec, Hardware, ModelSpec, Placement, Plan, Workload
 
 STRATEGIES = ("auto", "balanced", "balanced_low_0", "sequential")
 _MAX_RING_CANDIDATES = 32
 
 _DEPTHS = (2, 1)
 """Blocks that a ring holds at once, the best first: with one, nothing comes while something runs."""
+
+_WORTH_A_SLOT = 0.01
+"""What a plan without prefetch has to gain: a second slot also hides latencies, which no prediction knows."""
 
 MapValue = Callable[[str], Any]
 """Device name -> how device maps write it (accelerators by number)."""
@@ -37,6 +42,7 @@ def make_plan(
     strategy: str = "auto",
     offload_buffers: bool = False,
     map_value: MapValue = str,
+    workload: Workload | None = None,
 ) -> Plan:
     """Place every block of `spec` on `hardware`.
 
@@ -44,26 +50,46 @@ def make_plan(
         strategy: "auto" and "balanced" spread a model that fits evenly over the accelerators; "balanced_low_0" leaves
             the first as empty as it can; "sequential" fills them in order.
         offload_buffers: buffers of streamed blocks rest with their weights, instead of on the execution device.
+        workload: what a request is, whose predicted time is minimised where not everything can be resident.
 
     Raises:
         BudgetError: no placement keeps the budgets; names what fits nowhere, its bytes and the budgets.
     """
     if strategy not in STRATEGIES:
         raise ValueError(f"device_map={strategy!r}: choose one of {', '.join(STRATEGIES)}, a device, or a dict.")
+    workload = workload or Workload()
     resident = _resident(spec, hardware, strategy)
     if resident is None:
-        placements, depth = _offloaded(spec, hardware, offload_buffers, last_first=strategy != "sequential")
+        placements, depth = _offloaded(spec, hardware, strategy, offload_buffers, workload)
     else:
         placements, depth = resident, 0
     computes = {placement.device for placement in placements}
     main = next((name for name in hardware.devices if name in computes), CPU)
-    return _finish(spec, placements, main, hardware, offload_buffers, map_value, depth)
+    return _finish(spec, placements, main, hardware, workload, offload_buffers, map_value, depth)
 
 
 def _offloaded(
+    spec: ModelSpec, hardware: Hardware, strategy: str, offload_buffers: bool, workload: Workload
+) -> tuple[list[Placement], int]:
+    """A placement with offload, and the blocks that its rings hold: the fastest that the search finds."""
+    last_first = strategy != "sequential"
+    best: tuple[list[Placement], int] | None = None
+    if last_first and len(hardware.devices) <= 1:
+        offload, shortest = _Offload(spec, hardware, offload_buffers, last_first, depth=1), inf
+        problem = offload.problem(workload)
+        for depth in _DEPTHS:
+            problem = replace(problem, slots=depth)
+            choice = Search(problem).best()
+            seconds = inf if choice is None else problem.seconds(choice)
+            if choice is not None and seconds < shortest * (1 - _WORTH_A_SLOT):
+                best, shortest = (offload.at(choice), depth), seconds
+    return best or _filled_in_order(spec, hardware, offload_buffers, last_first)
+
+
+def _filled_in_order(
     spec: ModelSpec, hardware: Hardware, offload_buffers: bool, last_first: bool
 ) -> tuple[list[Placement], int]:
-    """A placement with offload, and the blocks that its rings hold."""
+    """The same for "sequential", several accelerators, and where blocks have to be cut to pass through RAM."""
     for depth in _DEPTHS[:-1]:
         try:
             return _Offload(spec, hardware, offload_buffers, last_first, depth).placements(), depth
@@ -79,6 +105,7 @@ def follow_map(
     hardware: Hardware,
     offload_buffers: bool = False,
     map_value: MapValue = str,
+    workload: Workload | None = None,
 ) -> Plan:
     """The plan that a complete device map describes: `home_of(tensor name)` is its home.
 
@@ -89,7 +116,9 @@ def follow_map(
         homes = {home_of(t.name) for t in block.tensors}
         cut = block.whole and (len(homes) > 1 or (homes <= {CPU, DISK} and is_mostly_tables(block)))
         placements += [_as_mapped(unit, home_of, main_device) for unit in (block.parts if cut else (block,))]
-    finish = partial(_finish, spec, placements, main_device, hardware, offload_buffers, map_value)
+    finish = partial(
+        _finish, spec, placements, main_device, hardware, workload or Workload(), offload_buffers, map_value
+    )
     for depth in _DEPTHS:
         plan = finish(depth)
         if plan.keeps_budget:
@@ -203,13 +232,16 @@ class _Offload:
         self.step = -1 if last_first else 1
         self.main = next(iter(hardware.devices), CPU)
         self.on_cpu = self.main == CPU
-        self.limit = hardware.ram if self.on_cpu else hardware.devices[self.main]
+        self.kept = sum(map(self._kept_buffers, spec.blocks))
+        # what streams to an accelerator has to fit beside the buffers there
+        self.limit = hardware.ram if self.on_cpu else max(0, hardware.devices[self.main] - self.kept)
         self.sizes = {t.name: t.nbytes for block in spec.blocks for t in block.tensors}
         leaves = [leaf for block in spec.blocks for leaf in (block.parts or (block,))]
         self.read_whole = {name for leaf in leaves if not leaf.gathers for name in leaf.borrows}
         self.units = self._cut(self.limit)
 
     def placements(self) -> list[Placement]:
+        """Filled in order: accelerators, RAM, disk."""
         if self.on_cpu:
             return self._below([None] * len(self.units))
         if self.depth > 1:
@@ -219,6 +251,54 @@ class _Offload:
         except BudgetError:  # what comes from disk passes through RAM: whole blocks may be too large for that
             self.units = self._cut(min(self.limit, self.hardware.ram or self.hardware.passage))
             return self._below(list(self._best_ring().homes))
+
+    def at(self, choice: Choice) -> list[Placement]:
+        """The units placed as the search chose."""
+        names = {DEVICE: self.main, RAM: CPU, FILES: DISK}
+        return [self._placement(unit, names[tier]) for unit, tier in zip(self.units, choice, strict=True)]
+
+    def problem(self, workload: Workload) -> Problem:
+        """The units in figures."""
+        owner = {t.name: i for i, unit in enumerate(self.units) for t in unit.tensors}
+        lenders = [
+            next((owner[n] for n in u.borrows if n in owner), i) if not u.tensors else i
+            for i, u in enumerate(self.units)
+        ]
+        found = []
+        for phase in phases(self.units, workload):
+            steps = (
+                Step(lenders[i], self._tasks(self.units[i], self.units[lenders[i]], phase.tokens)) for i in phase.blocks
+            )
+            found.append((phase.calls, tuple(steps)))
+        return Problem(
+            items=tuple(self._item(unit, workload) for unit in self.units),
+            phases=tuple(found),
+            device=self.limit - (self.kept if self.on_cpu else 0),
+            ram=0 if self.on_cpu else self.hardware.ram,
+            passage=self.hardware.passage,
+            slots=self.depth,
+        )
+
+    def _item(self, unit: BlockSpec, workload: Workload) -> Item:
+        arrival, calls = self._arrival(unit), unit.calls or workload.new_tokens
+        resident = unit.nbytes - self._kept_buffers(unit)
+        if self.on_cpu:
+            return Item(resident, 0, ring=arrival, staging=0, calls=calls, tiers=(DEVICE, FILES))
+        if arrival > self.limit:
+            return Item(0, unit.nbytes, ring=0, staging=arrival, calls=calls, tiers=(RAM, FILES))
+        return Item(resident, unit.nbytes, ring=arrival, staging=arrival, calls=calls)
+
+    def _tasks(self, unit: BlockSpec, lender: BlockSpec, tokens: int) -> tuple[Task, ...]:
+        """A call of `unit` for each tier that `lender` may rest in: itself, or the block whose weights it uses."""
+        tasks = []
+        for home in (self.main, CPU, DISK):
+            placement, borrowed = self._placement(unit, home), 0
+            if unit is not lender:
+                placement = _following(placement, self._placement(lender, home), {self.main: self.limit})
+                away = home != self.main and not placement.at_home
+                borrowed = sum(self.sizes.get(name, 0) for name in unit.borrows) if away else 0
+            tasks.append(task(placement, tokens, self.hardware.speeds, borrowed))
+        return tuple(tasks)
 
     def _cut(self, limit: int) -> tuple[BlockSpec, ...]:
         """The blocks, or the leaves of those that need more than `limit` bytes at once."""
@@ -348,6 +428,7 @@ def _finish(
     placements: list[Placement],
     main: str,
     hardware: Hardware,
+    workload: Workload,
     offload_buffers: bool,
     map_value: MapValue,
     depth: int,
@@ -366,6 +447,7 @@ def _finish(
         ring=ring,
         ties=dict(spec.ties),
         offload_buffers=offload_buffers,
+        predicted=predict(placements, workload, hardware.speeds, depth),
     )
 
 
@@ -376,17 +458,16 @@ def _borrowers_follow(placements: list[Placement], budget: Mapping[str, int]) ->
     for placement in placements:
         lender = next((owner[n] for n in placement.block.borrows if n in owner), None)
         if lender is not None and not placement.block.tensors:
-            home, device = lender.home, lender.device
-            too_large = home != device != CPU and lender.block.nbytes > budget.get(device, lender.block.nbytes)
-            at_home = too_large or _gathers_at(placement.block, home, device)
-            placement = replace(placement, home=home, device=device, at_home=at_home)
+            placement = _following(placement, lender, budget)
         followed.append(placement)
     return followed
 
 
-def window(sizes: Iterable[int], depth: int) -> int:
-    """Bytes of a ring in which any `depth` blocks of these sizes fit together."""
-    return sum(sorted(sizes, reverse=True)[:depth])
+def _following(placement: Placement, lender: Placement, budget: Mapping[str, int]) -> Placement:
+    home, device = lender.home, lender.device
+    too_large = home != device != CPU and lender.block.nbytes > budget.get(device, lender.block.nbytes)
+    at_home = too_large or _gathers_at(placement.block, home, device)
+    return replace(placement, home=home, device=device, at_home=at_home)
 
 
 def _rings(placements: Sequence[Placement], depth: int) -> dict[str, int]:

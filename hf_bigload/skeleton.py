@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 
@@ -83,6 +84,25 @@ def gathers(module: nn.Module) -> bool:
     return isinstance(module, nn.Embedding) and module.max_norm is None and not module.sparse
 
 
+_TOWER = re.compile(r"(^|_)(vision|visual|image|video|audio|speech|qformer|projector|connector)(_|$)")
+"""Attribute names of parts that turn a prompt's pictures or sounds into what a language model reads."""
+
+
+def encoders(model: nn.Module) -> Iterator[str]:
+    """Names of the modules that run once per request, while what is beside them runs once per token.
+
+    By structure: an attribute `encoder` beside a `decoder` (a lone encoder is the model itself), and towers and
+    projectors beside something that is none.
+    """
+    for name, module in model.named_modules():
+        children = {attribute for attribute, child in module.named_children() if _has_tensors(child, recurse=True)}
+        towers = {attribute for attribute in children if _TOWER.search(attribute)}
+        if "decoder" in children:
+            towers |= children & {"encoder"}
+        if towers < children:
+            yield from (_join(name, attribute) for attribute in sorted(towers))
+
+
 class _Cut:
     """One pass over a model; remembers which tensors already belong to a block."""
 
@@ -91,6 +111,7 @@ class _Cut:
     ) -> None:
         self.model, self.no_split, self.ties, self.loaded_as = model, no_split, ties, loaded_as
         self.owner: dict[int, str] = {}
+        self.once = tuple(f"{name}." for name in encoders(model))
 
     def spec(self) -> ModelSpec:
         units = list(blocks_of(self.model, self.no_split))
@@ -107,7 +128,10 @@ class _Cut:
         )
         tensors = tuple(t for part in parts for t in part.tensors)
         borrows = tuple(n for part in parts for n in part.borrows if n not in {t.name for t in tensors})
-        return BlockSpec(name, tensors, whole=True, parts=parts, borrows=borrows)
+        return BlockSpec(name, tensors, whole=True, parts=parts, borrows=borrows, calls=self._calls(name))
+
+    def _calls(self, name: str) -> int | None:
+        return 1 if f"{name}.".startswith(self.once) else None
 
     def _own(self, name: str, module: nn.Module, part_of: str | None = None) -> BlockSpec:
         tensors, borrows = [], []
@@ -120,7 +144,13 @@ class _Cut:
                 self.ties[full] = owner
                 borrows.append(owner)
         return BlockSpec(
-            name, tuple(tensors), whole=False, borrows=tuple(borrows), gathers=gathers(module), part_of=part_of
+            name,
+            tuple(tensors),
+            whole=False,
+            borrows=tuple(borrows),
+            gathers=gathers(module),
+            part_of=part_of,
+            calls=self._calls(part_of or name),
         )
 
     def _tensor(self, name: str, tensor: torch.Tensor, is_buffer: bool) -> TensorSpec:

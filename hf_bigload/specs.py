@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 DISK = "disk"
@@ -119,12 +120,14 @@ class BlockSpec:
     """An embedding table: its forward reads a few rows, never the whole."""
     part_of: str | None = None
     """For a leaf of a block that was cut, that block: it goes on computing with its leaves' outputs, on one device."""
+    calls: int | None = None
+    """Forwards per request, where the model's structure says it: 1 for an encoder or a tower. None: once per token."""
 
-    @property
+    @cached_property
     def buffer_bytes(self) -> int:
         return sum(t.nbytes for t in self.tensors if t.is_buffer)
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         return sum(t.nbytes for t in self.tensors)
 
@@ -154,6 +157,23 @@ class Workload:
 
 
 @dataclass(frozen=True)
+class Speeds:
+    """What predictions divide by: bytes per second, and operations per second of multiplications.
+
+    The defaults are round figures of a common machine. A plan depends on their ratios only.
+    """
+
+    disk: float = 2e9
+    """One NVMe drive, read past the page cache."""
+    bus: float = 20e9
+    """Pinned memory to an accelerator: PCIe 4.0 with 16 lanes."""
+    cpu_memory: float = 20e9
+    cpu_flops: float = 5e11
+    device_memory: float = 1e12
+    device_flops: float = 1e14
+
+
+@dataclass(frozen=True)
 class Hardware:
     """The memory a plan may use, in bytes: accelerators in order of preference, then RAM."""
 
@@ -161,6 +181,7 @@ class Hardware:
     ram: int
     passage: int = 0
     """Bytes of RAM that weights on their way from disk to an accelerator may take where `ram` allows for none."""
+    speeds: Speeds = field(default_factory=Speeds)
 
 
 @dataclass(frozen=True)
@@ -189,6 +210,19 @@ class Placement:
 
 
 @dataclass(frozen=True)
+class PhaseTime:
+    """The predicted seconds of one phase of a request, all of its `calls` together."""
+
+    name: str
+    calls: int
+    seconds: float
+
+    @property
+    def seconds_per_call(self) -> float:
+        return self.seconds / self.calls
+
+
+@dataclass(frozen=True)
 class Plan:
     """A placement for every block. Frozen: execution makes no placement decisions of its own.
 
@@ -204,6 +238,13 @@ class Plan:
     ring: Mapping[str, int]
     ties: Mapping[str, str] = field(default_factory=dict)
     offload_buffers: bool = False
+    predicted: tuple[PhaseTime, ...] = ()
+    """What one request of the workload takes, phase by phase."""
+
+    @property
+    def seconds(self) -> float:
+        """Predicted seconds of one request."""
+        return sum(phase.seconds for phase in self.predicted)
 
     @property
     def streams(self) -> bool:

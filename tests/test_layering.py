@@ -46,7 +46,9 @@ WITHOUT_TORCH = [
     "hf_bigload.plugin",
     "hf_bigload.registry",
     "hf_bigload.report",
+    "hf_bigload.schedule",
     "hf_bigload.seams",
+    "hf_bigload.search",
     "hf_bigload.settings",
     "hf_bigload.specs",
 ]

@@ -8,22 +8,22 @@ import pytest
 
 from hf_bigload.errors import BudgetError
 from hf_bigload.planner import compress, follow_map, make_plan
-from hf_bigload.specs import CPU, DISK, BlockSpec, Hardware, ModelSpec, Plan, TensorSpec
+from hf_bigload.specs import CPU, DISK, BlockSpec, Hardware, ModelSpec, Plan, Speeds, TensorSpec
 
 
 def tensor(name: str, nbytes: int, is_buffer: bool = False) -> TensorSpec:
     return TensorSpec(name, nbytes, "uint8", (nbytes,), is_buffer)
 
 
-def block(name: str, *sizes: int, gathers: bool = False) -> BlockSpec:
+def block(name: str, *sizes: int, gathers: bool = False, calls: int | None = None) -> BlockSpec:
     """A whole block with one leaf module per size, or for one size a single leaf."""
     if len(sizes) == 1:
-        return BlockSpec(name, (tensor(f"{name}.weight", sizes[0]),), whole=False, gathers=gathers)
+        return BlockSpec(name, (tensor(f"{name}.weight", sizes[0]),), whole=False, gathers=gathers, calls=calls)
     leaves = tuple(
-        BlockSpec(f"{name}.{i}", (tensor(f"{name}.{i}.weight", size),), whole=False, part_of=name)
+        BlockSpec(f"{name}.{i}", (tensor(f"{name}.{i}.weight", size),), whole=False, part_of=name, calls=calls)
         for i, size in enumerate(sizes)
     )
-    return BlockSpec(name, tuple(t for leaf in leaves for t in leaf.tensors), whole=True, parts=leaves)
+    return BlockSpec(name, tuple(t for leaf in leaves for t in leaf.tensors), whole=True, parts=leaves, calls=calls)
 
 
 def spec(*blocks: BlockSpec, ties: dict[str, str] | None = None) -> ModelSpec:
@@ -38,6 +38,9 @@ def assert_within_budget(plan: Plan) -> None:
     over = {d: (plan.used[d], plan.budget[d]) for d in plan.used if d != DISK and plan.used[d] > plan.budget.get(d, 0)}
     assert not over
 
+
+COMPUTES_AS_LONG_AS_IT_WAITS = Speeds(disk=1e9, bus=1e9, cpu_memory=1e9, device_memory=1e9)
+"""Where a second slot, in which the next block comes meanwhile, pays for the block that it drives away."""
 
 LAYERS = [block(f"layers.{i}", 60, 40) for i in range(6)]
 
@@ -71,16 +74,16 @@ class TestWithoutOffload:
 
 class TestWithOffload:
     def test_ram_keeps_room_for_the_block_that_runs_and_the_next(self) -> None:
-        plan = make_plan(spec(*LAYERS), Hardware({}, 350))
+        plan = make_plan(spec(*LAYERS), Hardware({}, 350, speeds=COMPUTES_AS_LONG_AS_IT_WAITS))
         assert list(homes(plan).values()).count(CPU) == 2  # a layer of two tensors, beside a ring of two
         assert plan.ring == {CPU: 200} and plan.used[CPU] == 300
 
     def test_an_accelerator_keeps_room_for_the_block_that_runs_and_the_next(self) -> None:
-        plan = make_plan(spec(*LAYERS), Hardware({"cuda:0": 350}, 10_000))
+        plan = make_plan(spec(*LAYERS), Hardware({"cuda:0": 350}, 10_000, speeds=COMPUTES_AS_LONG_AS_IT_WAITS))
         assert plan.ring == {"cuda:0": 200} and plan.used["cuda:0"] == 300
 
     def test_what_comes_from_disk_to_an_accelerator_finds_as_much_room_in_ram(self) -> None:
-        plan = make_plan(spec(*LAYERS), Hardware({"cuda:0": 350}, 250))
+        plan = make_plan(spec(*LAYERS), Hardware({"cuda:0": 350}, 250, speeds=COMPUTES_AS_LONG_AS_IT_WAITS))
         assert plan.ring == {"cuda:0": 200, CPU: 200}
 
     @pytest.mark.parametrize("hardware", [Hardware({}, 150), Hardware({"cuda:0": 150}, 10_000)])
@@ -109,11 +112,12 @@ class TestWithOffload:
 
     def test_one_giant_that_stays_resident_shrinks_the_ring(self) -> None:
         model = spec(block("giant", 500), *LAYERS)
-        plan = make_plan(model, Hardware({"cuda:0": 700}, 10_000))
+        plan = make_plan(model, Hardware({"cuda:0": 700}, 10_000, speeds=COMPUTES_AS_LONG_AS_IT_WAITS))
         assert homes(plan)["giant.weight"] == "cuda:0" and plan.ring["cuda:0"] == 200
 
     def test_rows_of_a_table_travel_not_the_table(self) -> None:
-        plan = make_plan(spec(block("embed", 5000, gathers=True), *LAYERS), Hardware({}, 300))
+        hardware = Hardware({}, 300, speeds=COMPUTES_AS_LONG_AS_IT_WAITS)
+        plan = make_plan(spec(block("embed", 5000, gathers=True), *LAYERS), hardware)
         embed = plan.placements[0]
         assert (embed.home, embed.at_home) == (DISK, True) and plan.ring == {CPU: 200}
 
@@ -203,12 +207,18 @@ def test_compress_names_the_highest_module_that_agrees() -> None:
     assert compress({"a.w": 0, "b.w": 0}) == {"": 0}
 
 
-def test_the_decoder_which_runs_once_per_token_is_resident_before_the_encoder() -> None:
-    encoder = [block(f"encoder.{i}", 60, 40) for i in range(4)]
-    decoder = [block(f"decoder.{i}", 60, 40) for i in range(4)]
-    for hardware in (Hardware({}, 600), Hardware({"cuda:0": 600}, 10_000)):
-        plan = make_plan(spec(*encoder, *decoder), hardware)
-        assert {p.block.name for p in plan.placements if not p.streamed_bytes} == {d.name for d in decoder}
+ENCODER = [block(f"encoder.{i}", 60, 40, calls=1) for i in range(4)]
+DECODER = [block(f"decoder.{i}", 60, 40) for i in range(4)]
+
+
+@pytest.mark.parametrize("hardware", [Hardware({}, 500), Hardware({"cuda:0": 500}, 10_000)])
+@pytest.mark.parametrize("blocks", [[*ENCODER, *DECODER], [*DECODER, *ENCODER]])
+def test_the_decoder_rests_where_it_runs_and_the_encoder_streams_once(
+    hardware: Hardware, blocks: list[BlockSpec]
+) -> None:
+    plan = make_plan(spec(*blocks), hardware)
+    assert {p.block.name for p in plan.placements if not p.streamed_bytes} == {d.name for d in DECODER}
+    assert_within_budget(plan)
 
 
 def test_ram_that_is_not_named_lets_weights_from_disk_pass_and_keeps_none() -> None:
@@ -222,3 +232,15 @@ def test_buffers_of_blocks_on_disk_count_in_ram_where_the_cpu_computes_with_them
     for ram in range(220, 500, 7):
         plan = make_plan(spec(*layers), Hardware({}, ram))
         assert_within_budget(plan)
+
+
+def test_what_streams_fits_beside_the_buffers_of_an_accelerator() -> None:
+    layers = [BlockSpec(f"l{i}", (tensor(f"l{i}.w", 70), tensor(f"l{i}.b", 30, True)), whole=False) for i in range(5)]
+    for limit in range(150, 500, 7):
+        assert_within_budget(make_plan(spec(*layers), Hardware({"cuda:0": limit}, 1000)))
+
+
+def test_a_plan_says_what_a_request_takes() -> None:
+    resident, streamed = (make_plan(spec(*LAYERS), Hardware({}, ram)) for ram in (600, 300))
+    assert [phase.name for phase in resident.predicted] == ["prefill", "decode"]
+    assert 0 < resident.seconds < streamed.seconds

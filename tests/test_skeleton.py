@@ -93,3 +93,33 @@ def test_sizes_are_those_of_the_dtype_a_tensor_is_loaded_in() -> None:
 def test_a_table_is_gathered_unless_its_forward_writes_to_it() -> None:
     assert gathers(nn.Embedding(3, 3))
     assert not gathers(nn.Embedding(3, 3, max_norm=1.0)) and not gathers(nn.Linear(3, 3))
+
+
+class WithEncoder(Model):
+    """Layers beside which a part stands that turns the prompt into what they read."""
+
+    def __init__(self, **parts: type[nn.Module]) -> None:
+        super().__init__()
+        for name, kind in parts.items():
+            setattr(self, name, kind())
+
+
+def once(model: nn.Module) -> set[str]:
+    """First names of the blocks, and of their parts, that run once per request."""
+    blocks = model_spec(model).blocks
+    assert all(part.calls == block.calls for block in blocks for part in block.parts)
+    return {block.name.split(".")[0] for block in blocks if block.calls == 1}
+
+
+def test_an_encoder_beside_a_decoder_and_towers_beside_a_language_model_run_once() -> None:
+    assert once(WithEncoder(encoder=Model, decoder=Model)) == {"encoder"}
+    assert once(WithEncoder(vision_tower=Model, multi_modal_projector=Layer)) == {
+        "vision_tower",
+        "multi_modal_projector",
+    }
+    assert once(WithEncoder(visual=Model, audio_tower=Model)) == {"visual", "audio_tower"}
+
+
+def test_a_model_that_is_an_encoder_or_a_tower_runs_as_often_as_it_is_called() -> None:
+    assert once(WithEncoder(encoder=Model)) == set()
+    assert once(nn.ModuleDict({"vision_model": Model()})) == set()

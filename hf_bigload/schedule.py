@@ -1,0 +1,132 @@
+"""How long a placement takes: the length of the schedule that the executor keeps.
+
+A request is a row of phases, each a list of blocks that is called some times: what runs once (an encoder, a vision
+tower), the first token with the whole prompt (prefill), the tokens after it (decode). In a phase blocks run one after
+another. A block that streams is *sent* when the block that had its slot before it has ended: with two slots that is
+while the block before it runs, with one it is after that. Sent, it is read from disk if it rests there, then copied to
+an accelerator if it runs on one; the disk and the bus each do one thing at a time, both beside the arithmetic.
+Weights in memory may be written to between two calls, so they are never sent before their call begins.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import NamedTuple
+
+from .specs import CPU, DISK, BlockSpec, PhaseTime, Placement, Speeds, Workload
+
+_PASSES = 3
+"""Calls that are followed one by one; the others take as long as the last of them."""
+
+
+class Task(NamedTuple):
+    """One call of one block, in seconds. Without `read` and `copy` the block is resident."""
+
+    read: float
+    copy: float
+    compute: float
+    from_memory: bool = False
+    """It rests in RAM: nothing is sent for the next call before that begins."""
+
+
+def phase_seconds(tasks: Sequence[Task], calls: int, slots: int) -> float:
+    """Seconds that `calls` calls of `tasks` take one after another, with a ring of `slots` slots."""
+    now = before = disk_free = bus_free = 0.0
+    ends = deque([0.0] * slots, maxlen=slots)
+    passes = min(calls, _PASSES)
+    for _ in range(passes):
+        before, held_until = now, 0.0
+        for read, copy, compute, from_memory in tasks:
+            if not read and not copy:
+                now += compute
+                continue
+            if from_memory:
+                held_until = before
+            arrived = max(ends[0], held_until)
+            if read:
+                arrived = disk_free = max(disk_free, arrived) + read
+            if copy:
+                arrived = bus_free = max(bus_free, arrived) + copy
+            now = max(now, arrived) + compute
+            ends.append(now)
+    return now + (calls - passes) * (now - before)
+
+
+@dataclass(frozen=True)
+class Phase:
+    """`calls` calls of the blocks at the indices `blocks`, each with `tokens` tokens."""
+
+    name: str
+    blocks: tuple[int, ...]
+    calls: int
+    tokens: int
+
+
+def phases(blocks: Sequence[BlockSpec], workload: Workload) -> tuple[Phase, ...]:
+    """The phases of one request.
+
+    A block with `calls` of its own is called as often, over the whole context; the others once per new token.
+    """
+    groups: dict[int | None, list[int]] = {}
+    for index, block in enumerate(blocks):
+        groups.setdefault(block.calls, []).append(index)
+    prompt, each = workload.batch_size * workload.context_length, workload.batch_size
+    found = []
+    for calls, members in groups.items():
+        if calls is not None:
+            found.append(Phase("encode" if calls == 1 else f"{calls} calls", tuple(members), calls, prompt))
+            continue
+        found.append(Phase("prefill", tuple(members), 1, prompt))
+        found.append(Phase("decode", tuple(members), workload.new_tokens - 1, each))
+    return tuple(phase for phase in found if phase.calls > 0)
+
+
+def task(placement: Placement, tokens: int, speeds: Speeds, borrowed: int = 0) -> Task:
+    """What a call of a block takes where it is placed; `borrowed` bytes of others' weights come with its own."""
+    home, on_cpu = placement.home, placement.device == CPU or placement.at_home
+    moved = 0 if placement.at_home else placement.streamed_bytes + borrowed
+    from_disk = moved > 0 and DISK in (home, *placement.exceptions.values())
+    return Task(
+        read=moved / speeds.disk if from_disk else 0.0,
+        copy=0.0 if on_cpu else moved / speeds.bus,
+        compute=_compute(placement.block, tokens, speeds, on_cpu, borrowed),
+        from_memory=moved > 0 and not from_disk,
+    )
+
+
+def _compute(block: BlockSpec, tokens: int, speeds: Speeds, on_cpu: bool, borrowed: int) -> float:
+    """A multiplication reads each weight once, and takes two operations per weight and token; a table is gathered."""
+    if block.gathers:
+        return 0.0
+    elements = sum(prod(t.shape) for t in block.tensors)
+    memory, flops = (speeds.cpu_memory, speeds.cpu_flops) if on_cpu else (speeds.device_memory, speeds.device_flops)
+    return max((block.nbytes + borrowed) / memory, 2 * elements * tokens / flops)
+
+
+def predict(placements: Sequence[Placement], workload: Workload, speeds: Speeds, slots: int) -> tuple[PhaseTime, ...]:
+    """Seconds that each phase of one request takes."""
+    borrowed = borrowed_bytes(placements)
+    found = []
+    for phase in phases([p.block for p in placements], workload):
+        tasks = [task(placements[i], phase.tokens, speeds, borrowed[i]) for i in phase.blocks]
+        found.append(PhaseTime(phase.name, phase.calls, phase_seconds(tasks, phase.calls, max(slots, 1))))
+    return tuple(found)
+
+
+def borrowed_bytes(placements: Sequence[Placement]) -> list[int]:
+    """Bytes per block of the weights of others that have to come to where it runs."""
+    sizes = {t.name: t.nbytes for p in placements for t in p.block.tensors}
+    homes = {t.name: p.home_of(t.name) for p in placements for t in p.block.tensors}
+    return [0 if p.at_home else _away(p.block.borrows, p.device, homes, sizes) for p in placements]
+
+
+def _away(names: Iterable[str], device: str, homes: Mapping[str, str], sizes: Mapping[str, int]) -> int:
+    return sum(sizes[name] for name in names if homes.get(name, device) != device)
+
+
+def window(sizes: Iterable[int], depth: int) -> int:
+    """Bytes of a ring in which any `depth` blocks of these sizes fit together."""
+    return sum(sorted(sizes, reverse=True)[:depth])

@@ -1,0 +1,234 @@
+"""The search for the residency that makes a request shortest, within the budgets. Figures only: no blocks, no devices.
+
+Each item rests in one of three tiers. Whatever does not rest in the first one streams through a ring, and what comes
+from the last one also through a staging ring; a ring takes room for as many of the largest that pass through it as it
+has slots. So the search starts from every size that may be the largest to stream (what is larger stays resident), fills
+what room is left in several orders, and keeps the starts whose schedules are shortest. From the best of these it
+descends by single moves and swaps, each followed by filling what room it made. Schedules judge.
+The work is counted, and after enough of it the best so far is taken: a model of thousands of blocks has many plans
+that are as good. Few choices are all tried.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import product, takewhile
+from math import isqrt, prod
+from typing import NamedTuple
+
+from .schedule import Task, phase_seconds, window
+
+DEVICE, RAM, FILES = 0, 1, 2
+"""Tiers: where it is computed, memory, disk."""
+
+MOST_STEPS = 3000
+_FEW_CHOICES = 4096
+_STEPS_TIMES_ITEMS = 30_000
+_FEWEST_STEPS = 6
+"""Steps of a search (choices filled, schedules followed), each of which takes time proportional to the items."""
+
+_DESCENTS = 4
+_SAME = 1e-9
+"""Schedules that differ by less are as long as each other; the one that moves fewer bytes is better."""
+_GOLDEN = 0.6180339887498949
+
+Choice = tuple[int, ...]
+"""A tier per item."""
+
+
+class Item(NamedTuple):
+    """What an item takes, in bytes: of each tier where it rests, of each ring where it streams."""
+
+    on_device: int
+    in_ram: int
+    ring: int
+    staging: int
+    calls: int
+    tiers: tuple[int, ...] = (DEVICE, RAM, FILES)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One call of something that rests where item `item` does."""
+
+    item: int
+    by_tier: tuple[Task, ...]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Items, the phases over them as (calls, steps), and the budgets in bytes.
+
+    `passage` is what staging may take where `ram` is 0: nothing may rest there.
+    """
+
+    items: tuple[Item, ...]
+    phases: tuple[tuple[int, tuple[Step, ...]], ...]
+    device: int
+    ram: int
+    passage: int
+    slots: int
+
+    def seconds(self, choice: Sequence[int]) -> float:
+        """The length of the schedule."""
+        return sum(
+            phase_seconds([step.by_tier[choice[step.item]] for step in steps], calls, self.slots)
+            for calls, steps in self.phases
+        )
+
+    def moved(self, choice: Sequence[int]) -> int:
+        """Bytes that travel for one request, those from disk counted twice."""
+        return sum(item.ring * item.calls * tier for item, tier in zip(self.items, choice, strict=True))
+
+    def room(self, choice: Sequence[int]) -> tuple[int, int]:
+        """Bytes left on the device and in RAM; negative where a budget is exceeded."""
+        device, ram, rings, stagings = self.device, self.ram, [], []
+        for item, tier in zip(self.items, choice, strict=True):
+            if tier == DEVICE:
+                device -= item.on_device
+                continue
+            rings.append(item.ring)
+            if tier == RAM:
+                ram -= item.in_ram
+            else:
+                stagings.append(item.staging)
+        staging = window(stagings, self.slots)
+        passes = self.ram == ram == 0 and staging <= self.passage
+        return device - window(rings, self.slots), ram if passes else ram - staging
+
+    def fits(self, choice: Sequence[int]) -> bool:
+        return min(self.room(choice)) >= 0
+
+
+@dataclass
+class Search:
+    """One search; `steps` counts its work."""
+
+    problem: Problem
+    steps: int = 0
+    known: dict[Choice, tuple[float, int]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.items = self.problem.items
+        self.most = min(MOST_STEPS, max(_FEWEST_STEPS, _STEPS_TIMES_ITEMS // max(1, len(self.items))))
+
+    def best(self) -> Choice | None:
+        """The best choice found; None where none was found that keeps the budgets."""
+        every = [item.tiers for item in self.items]
+        if len(every) < 20 and prod(map(len, every)) <= _FEW_CHOICES:
+            return min(filter(self.problem.fits, product(*every)), key=self._length, default=None)
+        ranked = sorted(dict.fromkeys(self._starts()), key=self._length)
+        return min(map(self._descend, ranked[:_DESCENTS]), key=self._length, default=None)
+
+    def _length(self, choice: Choice) -> tuple[float, int]:
+        if choice not in self.known:
+            self.steps += 1
+            self.known[choice] = (self.problem.seconds(choice), self.problem.moved(choice))
+        return self.known[choice]
+
+    def _is_better(self, one: Choice, other: Choice) -> bool:
+        (seconds, moved), (others, others_moved) = self._length(one), self._length(other)
+        if abs(seconds - others) <= _SAME * others:
+            return moved < others_moved
+        return seconds < others
+
+    # ------------------------------------------------------------ starts
+
+    def _starts(self) -> Iterator[Choice]:
+        orders = list(self._orders())
+        for lowest in self._lowest():
+            for staging in self._sizes(lambda item: item.staging):
+                for order in orders:
+                    if self.steps >= self.most // 3:
+                        return
+                    filled = self._filled(lowest, order, staging)
+                    if filled is not None:
+                        yield filled
+
+    def _lowest(self) -> Iterator[list[int]]:
+        """For each size of what may stream, what is larger resident; with two slots also all but one of what is."""
+        sizes = self._sizes(lambda item: item.ring)
+        for excepted in (None, *(sizes if self.problem.slots > 1 else ())):
+            for ring in sizes:
+                if excepted is not None and excepted <= ring:
+                    continue
+                but_one = next((i for i, item in enumerate(self.items) if item.ring == excepted), None)
+                yield [
+                    DEVICE if item.ring > ring and DEVICE in item.tiers and i != but_one else FILES
+                    for i, item in enumerate(self.items)
+                ]
+
+    def _sizes(self, size: Callable[[Item], int]) -> list[int]:
+        """The sizes that may be the largest to pass through a ring, among them the largest and none; some if many."""
+        sizes = sorted({size(item) for item in self.items} - {0}, reverse=True)
+        step = -(-len(sizes) // max(1, isqrt(self.most // 12)))
+        return [*sizes[:1], 0, *sizes[step::step]] if sizes else [0]
+
+    def _orders(self) -> Iterator[list[int]]:
+        """Who gets room first: what is called most (or least) often; of these the last, or some all along the model."""
+        every = range(len(self.items))
+        for sign in (-1, 1):
+            yield sorted(every, key=lambda i: (sign * self.items[i].calls, -i))
+            yield sorted(every, key=lambda i: (sign * self.items[i].calls, i * _GOLDEN % 1))
+        yield sorted(every, key=lambda i: (-self.items[i].ring, i))
+
+    def _filled(self, choice: Sequence[int], order: Sequence[int], staging: int | None = None) -> Choice | None:
+        """`choice` with items moved up in that order while there is room; None where a budget is exceeded even so.
+
+        With `staging`, what is larger does not come from disk.
+        """
+        self.steps += 1
+        filled = list(choice)
+        device, _ = self.problem.room(filled)
+        if device < 0:
+            return None
+        for i in order:
+            item = self.items[i]
+            if filled[i] != DEVICE and DEVICE in item.tiers and item.on_device <= device:
+                device -= item.on_device
+                filled[i] = DEVICE
+        if staging is not None:
+            filled = [
+                RAM if t == FILES and RAM in i.tiers and i.staging > staging else t
+                for i, t in zip(self.items, filled, strict=True)
+            ]
+        _, ram = self.problem.room(filled)
+        for i in order:
+            item = self.items[i]
+            if filled[i] == FILES and RAM in item.tiers and item.in_ram <= ram:
+                ram -= item.in_ram
+                filled[i] = RAM
+        return tuple(filled) if ram >= 0 else None
+
+    # ------------------------------------------------------------ descent
+
+    def _descend(self, choice: Choice) -> Choice:
+        """Better neighbours until there is none, or the steps are used up."""
+        orders = [*self._orders(), []]  # with none, a neighbour is taken as it is: disk may be better than memory
+        better: Choice | None = choice
+        while better is not None:
+            choice = better
+            filled = (self._filled(changed, order) for changed in self._neighbours(choice) for order in orders)
+            affordable = takewhile(lambda _: self.steps < self.most, filled)
+            better = next((other for other in affordable if other and self._is_better(other, choice)), None)
+        return choice
+
+    def _neighbours(self, choice: Choice) -> Iterator[list[int]]:
+        """One item elsewhere; two in each other's tiers; one moved up, and the others of that tier chosen anew."""
+        for i, item in enumerate(self.items):
+            for tier in item.tiers:
+                if tier != choice[i]:
+                    yield [*choice[:i], tier, *choice[i + 1 :]]
+        for i, one in enumerate(choice):
+            for j in range(i + 1, len(choice)):
+                other = choice[j]
+                if one != other and one in self.items[j].tiers and other in self.items[i].tiers:
+                    changed = list(choice)
+                    changed[i], changed[j] = other, one
+                    yield changed
+        for i, item in enumerate(self.items):
+            for tier in item.tiers:
+                if tier < choice[i]:
+                    anew = [of.tiers[-1] if at == tier else at for of, at in zip(self.items, choice, strict=True)]
+                    yield [*anew[:i], tier, *anew[i + 1 :]]
