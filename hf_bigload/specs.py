@@ -157,20 +157,51 @@ class Workload:
 
 
 @dataclass(frozen=True)
-class Speeds:
-    """What predictions divide by: bytes per second, and operations per second of multiplications.
+class Needs:
+    """What a request of a workload takes beside the weights. By block name; what is not named takes nothing."""
 
-    The defaults are round figures of a common machine. A plan depends on their ratios only.
+    workload: Workload
+    activations: int = 0
+    """Bytes that one forward has at once at its peak, on each device that computes."""
+    cache: Mapping[str, int] = field(default_factory=dict)
+    """Bytes that a block remembers at the end of the request (keys and values, states), where it is computed."""
+    operations: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    """Operations (two for a multiplication and its addition) of a block: in the first call, in one for a new token."""
+    method: str = "none"
+    """How the figures were found: "trace", or "bound" where the model could not be traced."""
+    error: float = 0.0
+    """How far measurements were from such figures, as a share of them."""
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """How fast a device multiplies matrices, by dtype (the entry "" is for any other)."""
+
+    bytes_per_second: Mapping[str, float]
+    """At which weights are read for a few tokens: memory is the limit."""
+    operations_per_second: Mapping[str, float]
+    """For many tokens: arithmetic is."""
+
+    def seconds(self, dtype: str, nbytes: float, operations: float) -> float:
+        """Of a multiplication that reads `nbytes` bytes of weights of `dtype` and takes that many operations."""
+        by_memory = nbytes / self.bytes_per_second.get(dtype, self.bytes_per_second[""])
+        return max(by_memory, operations / self.operations_per_second.get(dtype, self.operations_per_second[""]))
+
+
+@dataclass(frozen=True)
+class Speeds:
+    """What predictions divide by, bytes per second.
+
+    The defaults are round figures of a common machine, for where nothing was measured.
     """
 
     disk: float = 2e9
     """One NVMe drive, read past the page cache."""
     bus: float = 20e9
     """Pinned memory to an accelerator: PCIe 4.0 with 16 lanes."""
-    cpu_memory: float = 20e9
-    cpu_flops: float = 5e11
-    device_memory: float = 1e12
-    device_flops: float = 1e14
+    cpu: Arithmetic = Arithmetic({"": 20e9}, {"": 5e11})
+    device: Arithmetic = Arithmetic({"": 1e12}, {"": 1e14, "float32": 2e13})
+    measured: bool = False
 
 
 @dataclass(frozen=True)
@@ -238,6 +269,10 @@ class Plan:
     ring: Mapping[str, int]
     ties: Mapping[str, str] = field(default_factory=dict)
     offload_buffers: bool = False
+    cache: Mapping[str, int] = field(default_factory=dict)
+    """Bytes kept on each device for what blocks remember (keys and values), counted in `used`."""
+    activations: Mapping[str, int] = field(default_factory=dict)
+    """Bytes kept on each device for what a forward computes with, counted in `used`."""
     predicted: tuple[PhaseTime, ...] = ()
     """What one request of the workload takes, phase by phase."""
 
