@@ -2,35 +2,32 @@
 
 `make_plan` decides by itself, `follow_map` does what a device map says. Both end in the same frozen `Plan`.
 
-It first tries to stream nothing. Otherwise `search` looks for the residency, and for the ring of two slots or one,
-whose predicted schedule is shortest for the workload; `schedule` says how long that is. For "sequential", for several
-accelerators and where the search finds nothing, blocks fill the devices in order: each block size is tried as the
-largest that may stream, whatever is larger is kept resident, and the ring that leaves the most bytes resident is taken.
-A block that fits nowhere is cut into its leaves; a leaf larger than the device is computed where it rests.
+It first tries to stream nothing. Otherwise the accelerators after the first are filled with blocks that stay there, and
+`search` looks for the residency of the others whose predicted schedule is shortest; `schedule` says how long that is.
+Rings have two slots, so that one block comes while another runs; one slot, where two do not fit or cost
+too much. A block that fits nowhere is cut into its leaves; a leaf larger than the device is computed where it rests.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from itertools import accumulate
 from math import inf
 from typing import Any
 
 from .errors import BudgetError, human_bytes
-from .schedule import Task, phases, predict, task, window
+from .schedule import Phase, Task, phases, predict, task, window
 from .search import DEVICE, FILES, RAM, Choice, Item, Problem, Search, Step
-from .specs import CPU, DISK, BlockSpec, Hardware, ModelSpec, Placement, Plan, Workload
+from .specs import CPU, DISK, BlockSpec, Hardware, ModelSpec, Needs, Placement, Plan, Workload
 
 STRATEGIES = ("auto", "balanced", "balanced_low_0", "sequential")
-_MAX_RING_CANDIDATES = 32
-
 _DEPTHS = (2, 1)
 """Blocks that a ring holds at once, the best first: with one, nothing comes while something runs."""
 
-_WORTH_A_SLOT = 0.01
-"""What a plan without prefetch has to gain: a second slot also hides latencies, which no prediction knows."""
+_WORTH_A_SLOT = 0.1
+"""Share of the time that a plan without prefetch has to gain: a second slot also hides what no prediction knows."""
 
 MapValue = Callable[[str], Any]
 """Device name -> how device maps write it (accelerators by number)."""
@@ -42,7 +39,7 @@ def make_plan(
     strategy: str = "auto",
     offload_buffers: bool = False,
     map_value: MapValue = str,
-    workload: Workload | None = None,
+    needs: Needs | None = None,
 ) -> Plan:
     """Place every block of `spec` on `hardware`.
 
@@ -50,52 +47,26 @@ def make_plan(
         strategy: "auto" and "balanced" spread a model that fits evenly over the accelerators; "balanced_low_0" leaves
             the first as empty as it can; "sequential" fills them in order.
         offload_buffers: buffers of streamed blocks rest with their weights, instead of on the execution device.
-        workload: what a request is, whose predicted time is minimised where not everything can be resident.
+        needs: what a request takes beside the weights: room is kept for it, and where not everything can be resident,
+            its predicted time is minimised.
 
     Raises:
         BudgetError: no placement keeps the budgets; names what fits nowhere, its bytes and the budgets.
     """
     if strategy not in STRATEGIES:
         raise ValueError(f"device_map={strategy!r}: choose one of {', '.join(STRATEGIES)}, a device, or a dict.")
-    workload = workload or Workload()
-    resident = _resident(spec, hardware, strategy)
+    needs = needs or Needs(Workload())
+    resident = _resident(spec, hardware, strategy, needs)
     if resident is None:
-        placements, depth = _offloaded(spec, hardware, strategy, offload_buffers, workload)
+        placements, depth = _Offload(spec, hardware, offload_buffers, strategy == "sequential", needs).placements()
     else:
-        placements, depth = resident, 0
+        placements, depth = _borrowers_follow(resident, {}), 0
     computes = {placement.device for placement in placements}
     main = next((name for name in hardware.devices if name in computes), CPU)
-    return _finish(spec, placements, main, hardware, workload, offload_buffers, map_value, depth)
-
-
-def _offloaded(
-    spec: ModelSpec, hardware: Hardware, strategy: str, offload_buffers: bool, workload: Workload
-) -> tuple[list[Placement], int]:
-    """A placement with offload, and the blocks that its rings hold: the fastest that the search finds."""
-    last_first = strategy != "sequential"
-    best: tuple[list[Placement], int] | None = None
-    if last_first and len(hardware.devices) <= 1:
-        offload, shortest = _Offload(spec, hardware, offload_buffers, last_first, depth=1), inf
-        problem = offload.problem(workload)
-        for depth in _DEPTHS:
-            problem = replace(problem, slots=depth)
-            choice = Search(problem).best()
-            seconds = inf if choice is None else problem.seconds(choice)
-            if choice is not None and seconds < shortest * (1 - _WORTH_A_SLOT):
-                best, shortest = (offload.at(choice), depth), seconds
-    return best or _filled_in_order(spec, hardware, offload_buffers, last_first)
-
-
-def _filled_in_order(
-    spec: ModelSpec, hardware: Hardware, offload_buffers: bool, last_first: bool
-) -> tuple[list[Placement], int]:
-    """The same for "sequential", several accelerators, and where blocks have to be cut to pass through RAM."""
-    for depth in _DEPTHS[:-1]:
-        try:
-            return _Offload(spec, hardware, offload_buffers, last_first, depth).placements(), depth
-        except BudgetError:
-            continue
-    return _Offload(spec, hardware, offload_buffers, last_first, _DEPTHS[-1]).placements(), _DEPTHS[-1]
+    plan = _finish(spec, placements, main, hardware, needs, offload_buffers, map_value, depth)
+    if not plan.keeps_budget:
+        raise BudgetError(f"No placement was found that keeps the budgets {_listing(hardware)}. Raise max_memory.")
+    return plan
 
 
 def follow_map(
@@ -105,7 +76,7 @@ def follow_map(
     hardware: Hardware,
     offload_buffers: bool = False,
     map_value: MapValue = str,
-    workload: Workload | None = None,
+    needs: Needs | None = None,
 ) -> Plan:
     """The plan that a complete device map describes: `home_of(tensor name)` is its home.
 
@@ -116,9 +87,9 @@ def follow_map(
         homes = {home_of(t.name) for t in block.tensors}
         cut = block.whole and (len(homes) > 1 or (homes <= {CPU, DISK} and is_mostly_tables(block)))
         placements += [_as_mapped(unit, home_of, main_device) for unit in (block.parts if cut else (block,))]
-    finish = partial(
-        _finish, spec, placements, main_device, hardware, workload or Workload(), offload_buffers, map_value
-    )
+    placements = _borrowers_follow(placements, {**hardware.devices, CPU: hardware.ram})
+    needs = needs or Needs(Workload())
+    finish = partial(_finish, spec, placements, main_device, hardware, needs, offload_buffers, map_value)
     for depth in _DEPTHS:
         plan = finish(depth)
         if plan.keeps_budget:
@@ -147,57 +118,50 @@ def _gathers_at(block: BlockSpec, home: str, device: str) -> bool:
 # ---------------------------------------------------------------- everything resident
 
 
-def _resident(spec: ModelSpec, hardware: Hardware, strategy: str) -> list[Placement] | None:
+def _resident(spec: ModelSpec, hardware: Hardware, strategy: str, needs: Needs) -> list[Placement] | None:
     """A placement without any offload, or None if there is none."""
-    if not hardware.devices:
-        if spec.nbytes > hardware.ram:
-            return None
-        return [Placement(b, CPU, CPU) for b in spec.blocks]
-    for limits in _limits(spec, hardware, strategy):
-        filled = _fill(spec.blocks, limits)
-        if all(home is not None for home in filled):
+    budgets = hardware.devices or {CPU: hardware.ram}
+    budgets = {name: budget - needs.activations for name, budget in budgets.items()}
+    fill = partial(_fill, spec.blocks, size=lambda block, _: block.nbytes + needs.cache.get(block.name, 0))
+    for limits in _limits(budgets, strategy, lambda tried: None not in fill(tried)):
+        filled = fill(limits)
+        if None not in filled:
             return [Placement(b, home, home) for b, home in zip(spec.blocks, filled, strict=True) if home is not None]
     return None
 
 
-def _limits(spec: ModelSpec, hardware: Hardware, strategy: str) -> Iterator[dict[str, int]]:
+Budgets = dict[str, int]
+
+
+def _limits(budgets: Budgets, strategy: str, fits: Callable[[Budgets], bool]) -> Iterator[Budgets]:
     """Budgets to try in turn, from the most even to what the hardware has."""
-    budgets = dict(hardware.devices)
     first, *others = budgets
     if strategy == "balanced_low_0" and others:
-        yield from _capped(spec.blocks, {**budgets, first: 0}, others)
-        yield from _capped(spec.blocks, budgets, [first])  # for what the others cannot take
+        yield from _capped({**budgets, first: 0}, others, fits)
+        yield from _capped(budgets, [first], fits)  # for what the others cannot take
     elif strategy != "sequential" and others:
-        yield from _capped(spec.blocks, budgets, [first, *others])
+        yield from _capped(budgets, [first, *others], fits)
     yield budgets
 
 
-def _capped(blocks: Sequence[BlockSpec], budgets: dict[str, int], names: Sequence[str]) -> Iterator[dict[str, int]]:
+def _capped(budgets: Budgets, names: Sequence[str], fits: Callable[[Budgets], bool]) -> Iterator[Budgets]:
     """The budgets with the lowest cap on the devices `names` that a contiguous cut can keep; nothing if none can."""
-    if not _fits(blocks, budgets):
+    if not fits(budgets):
         return
     low, high = 0, max(budgets[name] for name in names)
     while low < high:
         middle = (low + high) // 2
-        if _fits(blocks, {n: min(b, middle) if n in names else b for n, b in budgets.items()}):
+        if fits({n: min(b, middle) if n in names else b for n, b in budgets.items()}):
             high = middle
         else:
             low = middle + 1
     yield {n: min(b, high) if n in names else b for n, b in budgets.items()}
 
 
-def _fits(blocks: Sequence[BlockSpec], budgets: dict[str, int]) -> bool:
-    return None not in _fill(blocks, budgets)
-
-
 Size = Callable[[BlockSpec, str], int]
 
 
-def _whole_size(block: BlockSpec, _device: str) -> int:
-    return block.nbytes
-
-
-def _fill(blocks: Sequence[BlockSpec], budgets: dict[str, int], size: Size = _whole_size) -> list[str | None]:
+def _fill(blocks: Sequence[BlockSpec], budgets: Budgets, size: Size) -> list[str | None]:
     """Blocks in order onto devices in order; None for one that no device from there on can take."""
     homes: list[str | None] = []
     left, names, current = dict(budgets), list(budgets), 0
@@ -215,80 +179,112 @@ def _fill(blocks: Sequence[BlockSpec], budgets: dict[str, int], size: Size = _wh
 # ---------------------------------------------------------------- with offload
 
 
-@dataclass(frozen=True)
-class _Choice:
-    ring: int
-    homes: tuple[str | None, ...]
-    resident_bytes: int
-
-
 class _Offload:
-    """Accelerators first, then RAM, then disk, with room kept for what streams."""
+    """Placements of a model that is too large: the accelerators after the main one are filled with blocks that stay
+    there; what is left shares the main device, RAM and disk, and streams."""
 
     def __init__(
-        self, spec: ModelSpec, hardware: Hardware, offload_buffers: bool, last_first: bool, depth: int
+        self, spec: ModelSpec, hardware: Hardware, offload_buffers: bool, in_order: bool, needs: Needs
     ) -> None:
-        self.spec, self.hardware, self.offload_buffers, self.depth = spec, hardware, offload_buffers, depth
-        self.step = -1 if last_first else 1
+        self.spec, self.hardware, self.needs = spec, hardware, needs
+        self.offload_buffers, self.in_order = offload_buffers, in_order
         self.main = next(iter(hardware.devices), CPU)
         self.on_cpu = self.main == CPU
-        self.kept = sum(map(self._kept_buffers, spec.blocks))
-        # what streams to an accelerator has to fit beside the buffers there
-        self.limit = hardware.ram if self.on_cpu else max(0, hardware.devices[self.main] - self.kept)
         self.sizes = {t.name: t.nbytes for block in spec.blocks for t in block.tensors}
         leaves = [leaf for block in spec.blocks for leaf in (block.parts or (block,))]
         self.read_whole = {name for leaf in leaves if not leaf.gathers for name in leaf.borrows}
-        self.units = self._cut(self.limit)
+        self.caches = {block.parts[0].name: block.name for block in spec.blocks if block.parts}
+        self.limit = self._limit(spec.blocks)
 
-    def placements(self) -> list[Placement]:
-        """Filled in order: accelerators, RAM, disk."""
-        if self.on_cpu:
-            return self._below([None] * len(self.units))
-        if self.depth > 1:
-            return self._below(list(self._best_ring().homes))
-        try:
-            return self._below(list(self._best_ring().homes))
-        except BudgetError:  # what comes from disk passes through RAM: whole blocks may be too large for that
-            self.units = self._cut(min(self.limit, self.hardware.ram or self.hardware.passage))
-            return self._below(list(self._best_ring().homes))
+    def placements(self) -> tuple[list[Placement], int]:
+        """The fastest placement that is found, and the blocks that its rings hold."""
+        if self.limit < 0 and not self.on_cpu:  # not even what stays there fits on the accelerator: do without it
+            others = {name: size for name, size in self.hardware.devices.items() if name != self.main}
+            smaller = replace(self.hardware, devices=others, ram=self.hardware.ram or self.hardware.passage)
+            return _Offload(self.spec, smaller, self.offload_buffers, self.in_order, self.needs).placements()
+        # what comes from disk passes through RAM: whole blocks may be too large for that
+        passing = self.hardware.ram or self.hardware.passage
+        for largest in dict.fromkeys((self.limit, min(self.limit, passing))):
+            found = self._fastest(self._cut(largest))
+            if found is not None:
+                return found
+        raise self._refusal(self._cut(0))
 
-    def at(self, choice: Choice) -> list[Placement]:
-        """The units placed as the search chose."""
+    def _fastest(self, units: Sequence[BlockSpec]) -> tuple[list[Placement], int] | None:
+        """With two slots; with one only where two do not fit, or where that gains more than prefetch may be worth."""
+        best, shortest = None, inf
+        for depth in _DEPTHS:
+            if best is not None and self.in_order:
+                break
+            homes = self._on_others(units, depth)
+            problem = self._problem([u for u, home in zip(units, homes, strict=True) if home is None], depth)
+            if min(problem.ram, problem.passage) < 0:
+                continue
+            choice = Search(problem, self.in_order).best()
+            if choice is not None and (seconds := problem.seconds(choice)) < shortest * (1 - _WORTH_A_SLOT):
+                best, shortest = (self._at(units, homes, choice), depth), seconds
+        return best
+
+    def _at(self, units: Sequence[BlockSpec], homes: Sequence[str | None], choice: Choice) -> list[Placement]:
         names = {DEVICE: self.main, RAM: CPU, FILES: DISK}
-        return [self._placement(unit, names[tier]) for unit, tier in zip(self.units, choice, strict=True)]
+        tiers = iter(choice)
+        placed = [self._placement(u, home or names[next(tiers)]) for u, home in zip(units, homes, strict=True)]
+        return _borrowers_follow(placed, {self.main: self.limit})
 
-    def problem(self, workload: Workload) -> Problem:
-        """The units in figures."""
-        owner = {t.name: i for i, unit in enumerate(self.units) for t in unit.tensors}
+    def _on_others(self, units: Sequence[BlockSpec], depth: int) -> list[str | None]:
+        """Which of the other accelerators holds a unit: the last units, or if in order, those after the main one's."""
+        homes: list[str | None] = [None] * len(units)
+        others = {n: b - self.needs.activations for n, b in self.hardware.devices.items() if n != self.main}
+        if not others:
+            return homes
+        wanted = [i for i, unit in enumerate(units) if unit.tensors]  # the others follow what they borrow
+        if self.in_order:
+            first = Search(self._problem(units, depth), in_order=True).best()
+            wanted = [i for i in wanted if first is None or first[i] != DEVICE]
+        step = 1 if self.in_order else -1
+        filled = _fill([units[i] for i in wanted[::step]], dict(list(others.items())[::step]), self._with_cache)
+        for i, home in zip(wanted[::step], filled, strict=True):
+            homes[i] = home
+        return homes
+
+    # ------------------------------------------------------------ in figures
+
+    def _problem(self, units: Sequence[BlockSpec], slots: int) -> Problem:
+        """Units for the main device, RAM and disk."""
+        owner = {t.name: i for i, unit in enumerate(units) for t in unit.tensors}
         lenders = [
-            next((owner[n] for n in u.borrows if n in owner), i) if not u.tensors else i
-            for i, u in enumerate(self.units)
+            next((owner[n] for n in u.borrows if n in owner), i) if not u.tensors else i for i, u in enumerate(units)
         ]
         found = []
-        for phase in phases(self.units, workload):
-            steps = (
-                Step(lenders[i], self._tasks(self.units[i], self.units[lenders[i]], phase.tokens)) for i in phase.blocks
-            )
+        for phase in phases(units, self.needs.workload):
+            steps = (Step(lenders[i], self._tasks(units[i], units[lenders[i]], phase)) for i in phase.blocks)
             found.append((phase.calls, tuple(steps)))
+        ram = 0 if self.on_cpu else self.hardware.ram
+        at_home = sum(self._buffers(u) for u in units if self._too_large(u) or (ram and u.gathers))
         return Problem(
-            items=tuple(self._item(unit, workload) for unit in self.units),
+            items=tuple(map(self._item, units)),
             phases=tuple(found),
-            device=self.limit - (self.kept if self.on_cpu else 0),
-            ram=0 if self.on_cpu else self.hardware.ram,
-            passage=self.hardware.passage,
-            slots=self.depth,
+            device=self._limit(units),
+            ram=ram and ram - at_home,
+            passage=self.hardware.passage - (0 if ram else at_home),
+            slots=slots,
         )
 
-    def _item(self, unit: BlockSpec, workload: Workload) -> Item:
-        arrival, calls = self._arrival(unit), unit.calls or workload.new_tokens
-        resident = unit.nbytes - self._kept_buffers(unit)
+    def _limit(self, units: Sequence[BlockSpec]) -> int:
+        """Bytes of the main device for weights and ring: without what stays there, and what a forward takes."""
+        budget = self.hardware.ram if self.on_cpu else self.hardware.devices[self.main]
+        return budget - self.needs.activations - sum(self._buffers(u) + self._cache(u) for u in units)
+
+    def _item(self, unit: BlockSpec) -> Item:
+        arrival, calls = self._arrival(unit), unit.calls or self.needs.workload.new_tokens
+        resident = unit.nbytes - self._buffers(unit)
         if self.on_cpu:
             return Item(resident, 0, ring=arrival, staging=0, calls=calls, tiers=(DEVICE, FILES))
-        if arrival > self.limit:
+        if self._too_large(unit):
             return Item(0, unit.nbytes, ring=0, staging=arrival, calls=calls, tiers=(RAM, FILES))
         return Item(resident, unit.nbytes, ring=arrival, staging=arrival, calls=calls)
 
-    def _tasks(self, unit: BlockSpec, lender: BlockSpec, tokens: int) -> tuple[Task, ...]:
+    def _tasks(self, unit: BlockSpec, lender: BlockSpec, phase: Phase) -> tuple[Task, ...]:
         """A call of `unit` for each tier that `lender` may rest in: itself, or the block whose weights it uses."""
         tasks = []
         for home in (self.main, CPU, DISK):
@@ -297,14 +293,14 @@ class _Offload:
                 placement = _following(placement, self._placement(lender, home), {self.main: self.limit})
                 away = home != self.main and not placement.at_home
                 borrowed = sum(self.sizes.get(name, 0) for name in unit.borrows) if away else 0
-            tasks.append(task(placement, tokens, self.hardware.speeds, borrowed))
+            tasks.append(task(placement, phase, self.needs, self.hardware.speeds, borrowed))
         return tuple(tasks)
 
-    def _cut(self, limit: int) -> tuple[BlockSpec, ...]:
-        """The blocks, or the leaves of those that need more than `limit` bytes at once."""
+    def _cut(self, largest: int) -> tuple[BlockSpec, ...]:
+        """The blocks, or the leaves of those that need more than `largest` bytes at once."""
         units: list[BlockSpec] = []
         for block in self.spec.blocks:
-            cut = block.whole and (self._arrival(block) > limit or is_mostly_tables(block))
+            cut = block.whole and (self._arrival(block) > largest or is_mostly_tables(block))
             units += block.parts if cut else (block,)
         return tuple(units)
 
@@ -313,111 +309,45 @@ class _Offload:
         if unit.gathers and not any(t.name in self.read_whole for t in unit.tensors):
             return 0  # rows travel, never the table
         borrowed = sum(self.sizes.get(name, 0) for name in unit.borrows) if unit.tensors else 0
-        return unit.nbytes - self._kept_buffers(unit) + borrowed
+        return unit.nbytes - self._buffers(unit) + borrowed
 
-    def _best_ring(self) -> _Choice:
-        sizes = sorted({size for u in self.units if (size := self._arrival(u)) <= self.limit} | {0})
-        step = max(1, len(sizes) // _MAX_RING_CANDIDATES)
-        candidates = sorted({*sizes[::step], *sizes[-1:]})
-        choices = [c for ring in candidates if (c := self._with_ring(ring)) is not None]
-        if not choices and self.depth > 1:
-            raise self._refusal(self.units)
-        if not choices:  # not even the buffers fit: compute on the CPU what does not
-            return _Choice(0, (None,) * len(self.units), 0)
-        return max(choices, key=lambda c: (c.resident_bytes, -c.ring))
-
-    def _window(self, units: Sequence[BlockSpec], largest: int) -> int:
-        """Bytes of a ring for those of `units` that are no larger than `largest`."""
-        return window((size for u in units if (size := self._arrival(u)) <= largest), self.depth)
-
-    def _with_ring(self, largest: int) -> _Choice | None:
-        """Accelerator homes if blocks of at most `largest` bytes stream; None where a larger one would have to."""
-        budgets = dict(self.hardware.devices)
-        ring = self._window(self.units, largest)
-        budgets[self.main] -= ring + sum(map(self._kept_buffers, self.units))
-        if budgets[self.main] < 0:
-            return None
-        must = [largest < self._arrival(u) <= self.limit for u in self.units]
-        homes = self._fill_first(must, budgets)
-        if any(m and h is None for m, h in zip(must, homes, strict=True)):
-            return None
-        return _Choice(ring, tuple(homes), sum(u.nbytes for u, h in zip(self.units, homes, strict=True) if h))
-
-    def _kept_buffers(self, unit: BlockSpec) -> int:
+    def _buffers(self, unit: BlockSpec) -> int:
+        """Bytes that stay where the unit is computed, wherever its weights rest."""
         return 0 if self.offload_buffers else unit.buffer_bytes
 
-    def _size_on(self, unit: BlockSpec, device: str) -> int:
-        return unit.nbytes - (self._kept_buffers(unit) if device == self.main else 0)
+    def _cache(self, unit: BlockSpec) -> int:
+        """Bytes that the unit remembers where it is computed; those of a block that was cut count with its first."""
+        name = unit.name if unit.part_of is None else self.caches.get(unit.name, unit.name)
+        return self.needs.cache.get(name, 0)
 
-    def _fill_first(self, must: list[bool], budgets: dict[str, int]) -> list[str | None]:
-        """Those that must be resident before the others; contiguous over the devices, from the end or the beginning."""
-        homes: list[str | None] = [None] * len(self.units)
-        for wanted in (True, False):
-            group = [i for i, m in enumerate(must) if m is wanted][:: self.step]
-            in_order = dict(list(budgets.items())[:: self.step])
-            filled = _fill([self.units[i] for i in group], in_order, self._size_on)
-            for i, home in zip(group, filled, strict=True):
-                homes[i] = home
-                if home is not None:
-                    budgets[home] -= self._size_on(self.units[i], home)
-        return homes
+    def _with_cache(self, unit: BlockSpec, _device: str) -> int:
+        return unit.nbytes + self._cache(unit)
 
-    def _below(self, homes: list[str | None]) -> list[Placement]:
-        """RAM, then disk, for what no accelerator took."""
-        rest = [i for i, home in enumerate(homes) if home is None]
-        for i, in_ram in zip(rest, self._ram_share([self.units[i] for i in rest]), strict=True):
-            homes[i] = CPU if in_ram else DISK
-        return [self._placement(u, home) for u, home in zip(self.units, homes, strict=True) if home is not None]
-
-    def _ram_share(self, units: Sequence[BlockSpec]) -> list[bool]:
-        """Which units rest in RAM: as many bytes as fit beside the buffers that disk blocks pass through."""
-        if sum(u.nbytes for u in units) <= self.hardware.ram:
-            return [True] * len(units)
-        sizes = sorted({self._arrival(u) for u in units})
-        step = max(1, len(sizes) // _MAX_RING_CANDIDATES)
-        candidates = [c for s in {*sizes[::step], *sizes[-1:]} if (c := self._with_staging(units, s)) is not None]
-        if not candidates:
-            raise self._refusal(units)
-        return max(candidates, key=lambda chosen: sum(u.nbytes for u, c in zip(units, chosen, strict=True) if c))
-
-    def _with_staging(self, units: Sequence[BlockSpec], largest: int) -> list[bool] | None:
-        """In RAM: every block of more than `largest` bytes, then what else fits."""
-        staging = self._window(units, largest)
-        chosen = [self._arrival(u) > largest for u in units]
-        resident = sum(u.nbytes for u, c in zip(units, chosen, strict=True) if c)
-        kept = sum(self._kept_in_ram(u) for u, c in zip(units, chosen, strict=True) if not c)
-        if not self.hardware.ram and not resident and staging <= self.hardware.passage:
-            return chosen  # RAM was not named: nothing rests there, and what comes from disk may pass through
-        left = self.hardware.ram - staging - resident - kept
-        if left < 0:
-            return None
-        for i in range(len(units))[:: self.step]:
-            more = units[i].nbytes - self._kept_in_ram(units[i])
-            if not chosen[i] and more <= left:
-                chosen[i] = True
-                left -= more
-        return chosen
-
-    def _kept_in_ram(self, unit: BlockSpec) -> int:
-        """Bytes of a unit that stay in RAM even if it rests on disk: buffers that the CPU computes with."""
-        return self._kept_buffers(unit) if self.on_cpu else 0
-
-    def _refusal(self, units: Sequence[BlockSpec]) -> BudgetError:
-        largest = max(units, key=self._arrival)
-        budgets = {**self.hardware.devices, CPU: self.hardware.ram}
-        allowed = ", ".join(f"{name}: {human_bytes(size)}" for name, size in budgets.items())
-        needed = self._arrival(largest)
-        return BudgetError(
-            f"No placement fits: {largest.name or 'the model itself'!r} alone needs {human_bytes(needed)} "
-            f"({needed} bytes) of memory while it runs, and the budgets are {allowed}. Raise max_memory on one device "
-            f"to more than that, or load in a smaller dtype."
-        )
+    def _too_large(self, unit: BlockSpec) -> bool:
+        return not self.on_cpu and self._arrival(unit) > self.limit
 
     def _placement(self, unit: BlockSpec, home: str) -> Placement:
         if home not in (CPU, DISK):
             return Placement(unit, home, home)
-        too_large = not self.on_cpu and self._arrival(unit) > self.limit
-        return Placement(unit, home, self.main, at_home=too_large or _gathers_at(unit, home, self.main))
+        return Placement(unit, home, self.main, at_home=self._too_large(unit) or _gathers_at(unit, home, self.main))
+
+    def _refusal(self, units: Sequence[BlockSpec]) -> BudgetError:
+        largest = max(units, key=self._arrival)
+        needed, cache = self._arrival(largest), sum(self.needs.cache.values())
+        beside = human_bytes(cache + self.needs.activations)
+        room = (
+            f" beside {beside} for what a request computes with and remembers" if cache + self.needs.activations else ""
+        )
+        return BudgetError(
+            f"No placement fits: {largest.name or 'the model itself'!r} alone needs {human_bytes(needed)} "
+            f"({needed} bytes) of memory while it runs{room}, and the budgets are {_listing(self.hardware)}. "
+            "Raise max_memory on one device to more than that, or load in a smaller dtype."
+        )
+
+
+def _listing(hardware: Hardware) -> str:
+    budgets = {**hardware.devices, CPU: hardware.ram}
+    return ", ".join(f"{name}: {human_bytes(size)}" for name, size in budgets.items())
 
 
 # ---------------------------------------------------------------- the plan as a whole
@@ -428,12 +358,13 @@ def _finish(
     placements: list[Placement],
     main: str,
     hardware: Hardware,
-    workload: Workload,
+    needs: Needs,
     offload_buffers: bool,
     map_value: MapValue,
     depth: int,
 ) -> Plan:
-    placements = _borrowers_follow(placements, {**hardware.devices, CPU: hardware.ram})
+    cache = _caches(placements, needs)
+    activations = dict.fromkeys({p.device for p in placements}, needs.activations) if needs.activations else {}
     ring = _rings(placements, depth)
     homes = {t.name: map_value(p.home_of(t.name)) for p in placements for t in p.block.tensors}
     homes.update({name: homes[owner] for name, owner in spec.ties.items() if owner in homes})
@@ -443,11 +374,13 @@ def _finish(
         device_map=device_map,
         main_device=main,
         budget={**hardware.devices, CPU: hardware.ram or hardware.passage},
-        used=_used(placements, ring, offload_buffers),
+        used=_summed(_resting(placements, offload_buffers), ring, cache, activations),
         ring=ring,
+        cache=cache,
+        activations=activations,
         ties=dict(spec.ties),
         offload_buffers=offload_buffers,
-        predicted=predict(placements, workload, hardware.speeds, depth),
+        predicted=predict(placements, needs, hardware.speeds, depth),
     )
 
 
@@ -465,7 +398,8 @@ def _borrowers_follow(placements: list[Placement], budget: Mapping[str, int]) ->
 
 def _following(placement: Placement, lender: Placement, budget: Mapping[str, int]) -> Placement:
     home, device = lender.home, lender.device
-    too_large = home != device != CPU and lender.block.nbytes > budget.get(device, lender.block.nbytes)
+    weights = lender.block.nbytes - lender.block.buffer_bytes
+    too_large = home != device != CPU and weights > budget.get(device, weights)
     at_home = too_large or _gathers_at(placement.block, home, device)
     return replace(placement, home=home, device=device, at_home=at_home)
 
@@ -483,15 +417,36 @@ def _rings(placements: Sequence[Placement], depth: int) -> dict[str, int]:
     return {device: size for device, each in arriving.items() if (size := window(each, depth))}
 
 
-def _used(placements: Sequence[Placement], ring: Mapping[str, int], offload_buffers: bool) -> dict[str, int]:
-    used = dict(ring)
+def _resting(placements: Sequence[Placement], offload_buffers: bool) -> dict[str, int]:
+    """Bytes of weights and buffers by where they rest."""
+    resting: dict[str, int] = {}
     for p in placements:
         for tensor in p.block.tensors:
             home = p.home_of(tensor.name)
             if tensor.is_buffer and not offload_buffers:
-                home = p.device if home == DISK or not p.at_home else CPU
-            used[home] = used.get(home, 0) + tensor.nbytes
-    return used
+                home = CPU if p.at_home else p.device
+            resting[home] = resting.get(home, 0) + tensor.nbytes
+    return resting
+
+
+def _caches(placements: Sequence[Placement], needs: Needs) -> dict[str, int]:
+    """Bytes that blocks remember, by where they are computed; a block that was cut counts where its first leaf is."""
+    where: dict[str, str] = {}
+    for p in placements:
+        where.setdefault(p.block.name if p.block.part_of is None else p.block.part_of, p.device)
+    caches: dict[str, int] = {}
+    for block, size in needs.cache.items():
+        if size and block in where:
+            caches[where[block]] = caches.get(where[block], 0) + size
+    return caches
+
+
+def _summed(*by_device: Mapping[str, int]) -> dict[str, int]:
+    total: dict[str, int] = {}
+    for sizes in by_device:
+        for device, size in sizes.items():
+            total[device] = total.get(device, 0) + size
+    return total
 
 
 def compress(homes: Mapping[str, Any], root: bool = True) -> dict[str, Any]:

@@ -13,10 +13,9 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from math import prod
 from typing import NamedTuple
 
-from .specs import CPU, DISK, BlockSpec, PhaseTime, Placement, Speeds, Workload
+from .specs import CPU, DISK, Arithmetic, BlockSpec, Needs, PhaseTime, Placement, Speeds, Workload
 
 _PASSES = 3
 """Calls that are followed one by one; the others take as long as the last of them."""
@@ -57,34 +56,37 @@ def phase_seconds(tasks: Sequence[Task], calls: int, slots: int) -> float:
 
 @dataclass(frozen=True)
 class Phase:
-    """`calls` calls of the blocks at the indices `blocks`, each with `tokens` tokens."""
+    """`calls` calls of the blocks at the indices `blocks`, each with `tokens` tokens; the `first` sees the prompt."""
 
     name: str
     blocks: tuple[int, ...]
     calls: int
     tokens: int
+    first: bool = True
 
 
 def phases(blocks: Sequence[BlockSpec], workload: Workload) -> tuple[Phase, ...]:
     """The phases of one request.
 
-    A block with `calls` of its own is called as often, over the whole context; the others once per new token.
+    A block with `calls` of its own is called as often, over the whole context; the others once per new token, and of
+    these the ones that see the `prompt` once over the context before that.
     """
     groups: dict[int | None, list[int]] = {}
     for index, block in enumerate(blocks):
         groups.setdefault(block.calls, []).append(index)
-    prompt, each = workload.batch_size * workload.context_length, workload.batch_size
+    each, prompt = workload.batch_size, workload.batch_size * workload.context_length
     found = []
     for calls, members in groups.items():
         if calls is not None:
             found.append(Phase("encode" if calls == 1 else f"{calls} calls", tuple(members), calls, prompt))
             continue
-        found.append(Phase("prefill", tuple(members), 1, prompt))
-        found.append(Phase("decode", tuple(members), workload.new_tokens - 1, each))
+        sees_prompt = all(blocks[i].prompt for i in members)
+        found.append(Phase("prefill", tuple(members), 1, prompt if sees_prompt else each))
+        found.append(Phase("decode", tuple(members), workload.new_tokens - 1, each, first=False))
     return tuple(phase for phase in found if phase.calls > 0)
 
 
-def task(placement: Placement, tokens: int, speeds: Speeds, borrowed: int = 0) -> Task:
+def task(placement: Placement, phase: Phase, needs: Needs, speeds: Speeds, borrowed: int = 0) -> Task:
     """What a call of a block takes where it is placed; `borrowed` bytes of others' weights come with its own."""
     home, on_cpu = placement.home, placement.device == CPU or placement.at_home
     moved = 0 if placement.at_home else placement.streamed_bytes + borrowed
@@ -92,26 +94,27 @@ def task(placement: Placement, tokens: int, speeds: Speeds, borrowed: int = 0) -
     return Task(
         read=moved / speeds.disk if from_disk else 0.0,
         copy=0.0 if on_cpu else moved / speeds.bus,
-        compute=_compute(placement.block, tokens, speeds, on_cpu, borrowed),
+        compute=_compute(placement.block, phase, needs, speeds.cpu if on_cpu else speeds.device, borrowed),
         from_memory=moved > 0 and not from_disk,
     )
 
 
-def _compute(block: BlockSpec, tokens: int, speeds: Speeds, on_cpu: bool, borrowed: int) -> float:
-    """A multiplication reads each weight once, and takes two operations per weight and token; a table is gathered."""
+def _compute(block: BlockSpec, phase: Phase, needs: Needs, speed: Arithmetic, borrowed: int) -> float:
+    """Seconds: weights are read once, and take the operations that are known, else two each per token; a table is
+    gathered."""
     if block.gathers:
         return 0.0
-    elements = sum(prod(t.shape) for t in block.tensors)
-    memory, flops = (speeds.cpu_memory, speeds.cpu_flops) if on_cpu else (speeds.device_memory, speeds.device_flops)
-    return max((block.nbytes + borrowed) / memory, 2 * elements * tokens / flops)
+    known = needs.operations.get(block.name) if block.part_of is None else None
+    operations = known[0 if phase.first else 1] if known else 2.0 * block.elements * phase.tokens
+    return speed.seconds(block.dtype, block.nbytes + borrowed, operations)
 
 
-def predict(placements: Sequence[Placement], workload: Workload, speeds: Speeds, slots: int) -> tuple[PhaseTime, ...]:
+def predict(placements: Sequence[Placement], needs: Needs, speeds: Speeds, slots: int) -> tuple[PhaseTime, ...]:
     """Seconds that each phase of one request takes."""
     borrowed = borrowed_bytes(placements)
     found = []
-    for phase in phases([p.block for p in placements], workload):
-        tasks = [task(placements[i], phase.tokens, speeds, borrowed[i]) for i in phase.blocks]
+    for phase in phases([p.block for p in placements], needs.workload):
+        tasks = [task(placements[i], phase, needs, speeds, borrowed[i]) for i in phase.blocks]
         found.append(PhaseTime(phase.name, phase.calls, phase_seconds(tasks, phase.calls, max(slots, 1))))
     return tuple(found)
 

@@ -103,9 +103,10 @@ class Problem:
 
 @dataclass
 class Search:
-    """One search; `steps` counts its work."""
+    """One search; `steps` counts its work. `in_order`: the first items go up first, and nothing is chosen by time."""
 
     problem: Problem
+    in_order: bool = False
     steps: int = 0
     known: dict[Choice, tuple[float, int]] = field(default_factory=dict)
 
@@ -116,6 +117,8 @@ class Search:
     def best(self) -> Choice | None:
         """The best choice found; None where none was found that keeps the budgets."""
         every = [item.tiers for item in self.items]
+        if self.in_order:
+            return max(self._starts(), key=self._resident, default=None)
         if len(every) < 20 and prod(map(len, every)) <= _FEW_CHOICES:
             return min(filter(self.problem.fits, product(*every)), key=self._length, default=None)
         ranked = sorted(dict.fromkeys(self._starts()), key=self._length)
@@ -126,6 +129,12 @@ class Search:
             self.steps += 1
             self.known[choice] = (self.problem.seconds(choice), self.problem.moved(choice))
         return self.known[choice]
+
+    def _resident(self, choice: Choice) -> tuple[int, ...]:
+        """Bytes in each tier, the first one before the others."""
+        return tuple(
+            sum(item.ring for item, at in zip(self.items, choice, strict=True) if at == tier) for tier in (DEVICE, RAM)
+        )
 
     def _is_better(self, one: Choice, other: Choice) -> bool:
         (seconds, moved), (others, others_moved) = self._length(one), self._length(other)
@@ -168,6 +177,9 @@ class Search:
     def _orders(self) -> Iterator[list[int]]:
         """Who gets room first: what is called most (or least) often; of these the last, or some all along the model."""
         every = range(len(self.items))
+        if self.in_order:
+            yield list(every)
+            return
         for sign in (-1, 1):
             yield sorted(every, key=lambda i: (sign * self.items[i].calls, -i))
             yield sorted(every, key=lambda i: (sign * self.items[i].calls, i * _GOLDEN % 1))

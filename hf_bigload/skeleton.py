@@ -112,6 +112,7 @@ class _Cut:
         self.model, self.no_split, self.ties, self.loaded_as = model, no_split, ties, loaded_as
         self.owner: dict[int, str] = {}
         self.once = tuple(f"{name}." for name in encoders(model))
+        self.prompt = not any({"encoder", "decoder"} <= set(module._modules) for module in model.modules())
 
     def spec(self) -> ModelSpec:
         units = list(blocks_of(self.model, self.no_split))
@@ -128,7 +129,9 @@ class _Cut:
         )
         tensors = tuple(t for part in parts for t in part.tensors)
         borrows = tuple(n for part in parts for n in part.borrows if n not in {t.name for t in tensors})
-        return BlockSpec(name, tensors, whole=True, parts=parts, borrows=borrows, calls=self._calls(name))
+        return BlockSpec(
+            name, tensors, whole=True, parts=parts, borrows=borrows, calls=self._calls(name), prompt=self.prompt
+        )
 
     def _calls(self, name: str) -> int | None:
         return 1 if f"{name}.".startswith(self.once) else None
@@ -151,6 +154,7 @@ class _Cut:
             gathers=gathers(module),
             part_of=part_of,
             calls=self._calls(part_of or name),
+            prompt=self.prompt,
         )
 
     def _tensor(self, name: str, tensor: torch.Tensor, is_buffer: bool) -> TensorSpec:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from math import prod
 from typing import Any
 
 DISK = "disk"
@@ -122,6 +123,8 @@ class BlockSpec:
     """For a leaf of a block that was cut, that block: it goes on computing with its leaves' outputs, on one device."""
     calls: int | None = None
     """Forwards per request, where the model's structure says it: 1 for an encoder or a tower. None: once per token."""
+    prompt: bool = True
+    """Whether the first forward takes the whole prompt; beside an encoder, which does that, it takes one token."""
 
     @cached_property
     def buffer_bytes(self) -> int:
@@ -130,6 +133,15 @@ class BlockSpec:
     @cached_property
     def nbytes(self) -> int:
         return sum(t.nbytes for t in self.tensors)
+
+    @cached_property
+    def elements(self) -> int:
+        return sum(prod(t.shape) for t in self.tensors)
+
+    @cached_property
+    def dtype(self) -> str:
+        """Of its largest tensor, or "" if it has none."""
+        return max(self.tensors, key=lambda t: t.nbytes).dtype if self.tensors else ""
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import pytest
 
 from hf_bigload.errors import BudgetError
 from hf_bigload.planner import compress, follow_map, make_plan
-from hf_bigload.specs import CPU, DISK, BlockSpec, Hardware, ModelSpec, Plan, Speeds, TensorSpec
+from hf_bigload.specs import CPU, DISK, Arithmetic, BlockSpec, Hardware, ModelSpec, Plan, Speeds, TensorSpec
 
 
 def tensor(name: str, nbytes: int, is_buffer: bool = False) -> TensorSpec:
@@ -39,7 +39,7 @@ def assert_within_budget(plan: Plan) -> None:
     assert not over
 
 
-COMPUTES_AS_LONG_AS_IT_WAITS = Speeds(disk=1e9, bus=1e9, cpu_memory=1e9, device_memory=1e9)
+COMPUTES_AS_LONG_AS_IT_WAITS = Speeds(1e9, 1e9, Arithmetic({"": 1e9}, {"": 1e15}), Arithmetic({"": 1e9}, {"": 1e15}))
 """Where a second slot, in which the next block comes meanwhile, pays for the block that it drives away."""
 
 LAYERS = [block(f"layers.{i}", 60, 40) for i in range(6)]

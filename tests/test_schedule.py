@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from hf_bigload.schedule import Task, phase_seconds, phases, predict
-from hf_bigload.specs import CPU, DISK, BlockSpec, Placement, Speeds, TensorSpec, Workload
+from hf_bigload.specs import CPU, DISK, Arithmetic, BlockSpec, Needs, Placement, Speeds, TensorSpec, Workload
 
 
 def block(name: str, nbytes: int, calls: int | None = None) -> BlockSpec:
@@ -58,9 +58,9 @@ def test_one_new_token_needs_no_decoding() -> None:
 
 
 def test_seconds_are_bytes_over_bandwidths() -> None:
-    speeds = Speeds(disk=10, bus=100, cpu_memory=1000, device_memory=1000, cpu_flops=1e9, device_flops=1e9)
+    speeds = Speeds(10, 100, Arithmetic({"": 1000}, {"": 1e9}), Arithmetic({"": 1000}, {"": 1e9}))
     from_disk = Placement(block("a", 1000), DISK, "cuda:0")
-    (prefill, decode) = predict([from_disk], Workload(1, 1, 11), speeds, slots=1)
+    (prefill, decode) = predict([from_disk], Needs(Workload(1, 1, 11)), speeds, slots=1)
     assert prefill.seconds == pytest.approx(100 + 10 + 1) and decode.seconds_per_call == pytest.approx(111)
     at_home = Placement(block("a", 1000), CPU, "cuda:0", at_home=True)
-    assert predict([at_home], Workload(1, 1, 1), speeds, slots=1)[0].seconds == pytest.approx(1)
+    assert predict([at_home], Needs(Workload(1, 1, 1)), speeds, slots=1)[0].seconds == pytest.approx(1)
