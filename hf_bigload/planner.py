@@ -15,7 +15,7 @@ from dataclasses import replace
 from functools import partial
 from itertools import accumulate
 from math import inf
-from typing import Any
+from typing import Any, NamedTuple
 
 from .errors import BudgetError, human_bytes
 from .schedule import Phase, Task, phases, predict, task, window
@@ -58,12 +58,13 @@ def make_plan(
     needs = needs or Needs(Workload())
     resident = _resident(spec, hardware, strategy, needs)
     if resident is None:
-        placements, depth = _Offload(spec, hardware, offload_buffers, strategy == "sequential", needs).placements()
+        placements, depth, bound = _Offload(spec, hardware, offload_buffers, strategy == "sequential", needs).found()
     else:
-        placements, depth = _borrowers_follow(resident, {}), 0
+        placements, depth, bound = _borrowers_follow(resident, {}), 0, 0.0
     computes = {placement.device for placement in placements}
     main = next((name for name in hardware.devices if name in computes), CPU)
     plan = _finish(spec, placements, main, hardware, needs, offload_buffers, map_value, depth)
+    plan = replace(plan, bound=bound or (0.0 if plan.streams else plan.seconds))
     if not plan.keeps_budget:
         raise BudgetError(f"No placement was found that keeps the budgets {_listing(hardware)}. Raise max_memory.")
     return plan
@@ -179,6 +180,14 @@ def _fill(blocks: Sequence[BlockSpec], budgets: Budgets, size: Size) -> list[str
 # ---------------------------------------------------------------- with offload
 
 
+class _Found(NamedTuple):
+    """A placement, the blocks that its rings hold, and the seconds that no other could beat (0: not known)."""
+
+    placements: list[Placement]
+    depth: int
+    bound: float
+
+
 class _Offload:
     """Placements of a model that is too large: the accelerators after the main one are filled with blocks that stay
     there; what is left shares the main device, RAM and disk, and streams."""
@@ -196,12 +205,12 @@ class _Offload:
         self.caches = {block.parts[0].name: block.name for block in spec.blocks if block.parts}
         self.limit = self._limit(spec.blocks)
 
-    def placements(self) -> tuple[list[Placement], int]:
-        """The fastest placement that is found, and the blocks that its rings hold."""
+    def found(self) -> _Found:
+        """The fastest placement that is found."""
         if self.limit < 0 and not self.on_cpu:  # not even what stays there fits on the accelerator: do without it
             others = {name: size for name, size in self.hardware.devices.items() if name != self.main}
             smaller = replace(self.hardware, devices=others, ram=self.hardware.ram or self.hardware.passage)
-            return _Offload(self.spec, smaller, self.offload_buffers, self.in_order, self.needs).placements()
+            return _Offload(self.spec, smaller, self.offload_buffers, self.in_order, self.needs).found()
         # what comes from disk passes through RAM: whole blocks may be too large for that
         passing = self.hardware.ram or self.hardware.passage
         for largest in dict.fromkeys((self.limit, min(self.limit, passing))):
@@ -210,7 +219,7 @@ class _Offload:
                 return found
         raise self._refusal(self._cut(0))
 
-    def _fastest(self, units: Sequence[BlockSpec]) -> tuple[list[Placement], int] | None:
+    def _fastest(self, units: Sequence[BlockSpec]) -> _Found | None:
         """With two slots; with one only where two do not fit, or where that gains more than prefetch may be worth."""
         best, shortest = None, inf
         for depth in _DEPTHS:
@@ -222,7 +231,8 @@ class _Offload:
                 continue
             choice = Search(problem, self.in_order).best()
             if choice is not None and (seconds := problem.seconds(choice)) < shortest * (1 - _WORTH_A_SLOT):
-                best, shortest = (self._at(units, homes, choice), depth), seconds
+                bound = 0.0 if any(homes) else problem.lower_bound()
+                best, shortest = _Found(self._at(units, homes, choice), depth, bound), seconds
         return best
 
     def _at(self, units: Sequence[BlockSpec], homes: Sequence[str | None], choice: Choice) -> list[Placement]:

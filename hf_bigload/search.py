@@ -100,6 +100,39 @@ class Problem:
     def fits(self, choice: Sequence[int]) -> bool:
         return min(self.room(choice)) >= 0
 
+    def lower_bound(self) -> float:
+        """Seconds that no choice can beat: as if rings took no room, items could be divided, and everything that can
+        happen at once did. What does not fit on the device is copied; what fits in memory neither, is read."""
+        copied = self._fluid(self.device, lambda task: task.copy)
+        return max(copied, self._fluid(self.device + self.ram, lambda task: task.read))
+
+    def _fluid(self, room: int, travel: Callable[[Task], float]) -> float:
+        """The same with one thing that takes time beside arithmetic, if `room` bytes are spared it."""
+        seconds, gains, left = 0.0, [], float(max(room, 0))
+        for items, phases in self._sharing().items():
+            size, kinks = sum(self.items[i].ring for i in items), []
+            for calls, steps in phases:
+                computing = sum(min(task.compute for task in step.by_tier) for step in steps)
+                travelling = sum(travel(step.by_tier[FILES]) for step in steps)
+                seconds += calls * max(computing, travelling)
+                if travelling > computing and size:
+                    kinks.append((1 - computing / travelling, calls * travelling / size))
+            reached = 0.0  # each phase gains from room until it computes as long as it waits
+            for until, _ in sorted(kinks):
+                gains.append((sum(gain for kink, gain in kinks if kink >= until), (until - reached) * size))
+                reached = until
+        for gain, size in sorted(gains, reverse=True):
+            spared = min(size, left)
+            seconds, left = seconds - gain * spared, left - spared
+        return seconds
+
+    def _sharing(self) -> dict[frozenset[int], list[tuple[int, tuple[Step, ...]]]]:
+        """The phases over the same items together; no two of these groups share an item that travels."""
+        groups: dict[frozenset[int], list[tuple[int, tuple[Step, ...]]]] = {}
+        for calls, steps in self.phases:
+            groups.setdefault(frozenset(step.item for step in steps), []).append((calls, steps))
+        return groups
+
 
 @dataclass
 class Search:

@@ -288,6 +288,9 @@ class Plan:
     predicted: tuple[PhaseTime, ...] = ()
     """What one request of the workload takes, phase by phase."""
 
+    bound: float = 0.0
+    """Seconds that no other placement on this hardware could beat; 0 where that was not worked out."""
+
     @property
     def seconds(self) -> float:
         """Predicted seconds of one request."""

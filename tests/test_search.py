@@ -52,6 +52,7 @@ def worst_gap(seed: int, instances: int, tiers: int, largest: int) -> tuple[floa
         assert (found is None) == (best is None)
         if found is not None and best is not None:
             assert instance.fits(found)
+            assert instance.lower_bound() <= best * (1 + 1e-9)
             worst, planned = max(worst, instance.seconds(found) / best), planned + 1
     return worst, planned
 
@@ -75,6 +76,16 @@ def test_the_work_of_a_search_is_proportional_to_the_items_at_most(size: int, ti
     search = Search(problem(random.Random(3), tiers, size))
     assert search.best() is not None
     assert search.steps * size <= 35_000
+
+
+def test_the_lower_bound_is_near_what_is_found_where_items_are_many_and_small() -> None:
+    gaps = []
+    for seed in range(10):
+        many = problem(random.Random(seed), 3, 300)
+        found = Search(many).best()
+        assert found is not None
+        gaps.append(many.seconds(found) / many.lower_bound())
+    assert min(gaps) >= 1 and sorted(gaps)[5] <= 1.1
 
 
 def test_what_is_called_once_streams_before_what_is_called_for_each_token() -> None:
