@@ -1,4 +1,5 @@
-"""How fast this machine moves weights: from the disk of the cache folder, in host memory, and to each accelerator.
+"""How fast this machine moves weights (from the disk of the cache folder, in host memory, and to each accelerator), and
+how fast it multiplies by them.
 
 Measured once, with the very reader and buffers that a model streams through, and kept in the cache folder. What is kept
 is found again by what the machine is: a cache folder that several machines share holds a record for each of them.
@@ -16,14 +17,17 @@ import os
 import platform
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from math import isqrt
 from typing import TYPE_CHECKING, Any
 
 from . import hardware
 from .checkpoint.reader import Extent, Reader, page_buffer
 from .checkpoint.spill import cache_root
 from .errors import SpillError, human_bytes
+from .specs import CPU, DTYPE_BYTES, Arithmetic, Speeds
 
 if TYPE_CHECKING:
     import torch
@@ -36,9 +40,14 @@ DISK_BYTES = 512 << 20
 MEMORY_BYTES = 128 << 20
 """Bytes of one copy in memory: more than any processor's caches."""
 
-_FORMAT = 1
+_FORMAT = 2
 _MIB = 1 << 20
 _REPEATS = 4
+_DTYPES = ("float32", "bfloat16", "float16")
+_TOKENS = (1, 2, 4, 8, 16, 32, 64, 256, 1024)
+_FEW_TOKENS = 32
+_LONG = 0.15
+"""Seconds."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +64,8 @@ class Bandwidths:
     """From host memory to each accelerator, page-locked unless the device is in `not_pinned`."""
     not_pinned: tuple[str, ...] = ()
     """Accelerators for which the system refused to lock host memory."""
+    arithmetic: Mapping[str, Arithmetic] = dataclasses.field(default_factory=dict)
+    """How fast the CPU ("cpu") and each accelerator multiply by weights."""
 
 
 @dataclass(frozen=True)
@@ -77,9 +88,30 @@ def known(folder: str | None = None) -> Measurement | None:
     try:
         content = dict(found["bandwidths"])
         content["not_pinned"] = tuple(content["not_pinned"])
+        content["arithmetic"] = {device: _curves(each) for device, each in content["arithmetic"].items()}
         return Measurement(Bandwidths(**content), float(found["measured_at"]))
     except (KeyError, TypeError, ValueError):  # another version's
         return None
+
+
+def _curves(content: Mapping[str, Any]) -> Arithmetic:
+    curves = {dtype: tuple((float(n), float(s)) for n, s in rows) for dtype, rows in content["curves"].items()}
+    return Arithmetic(curves)
+
+
+def speeds(device: str, folder: str | None = None) -> Speeds:
+    """What predictions for a model on `device` divide by: as measured, or round figures where nothing was."""
+    found, usual = known(folder), Speeds()
+    if found is None:
+        return usual
+    figures = found.bandwidths
+    return Speeds(
+        disk=figures.disk,
+        bus=figures.to_device.get(device, usual.bus),
+        cpu=figures.arithmetic.get(CPU, usual.cpu),
+        device=figures.arithmetic.get(device, usual.device),
+        measured=True,
+    )
 
 
 def measured(folder: str | None = None, fresh: bool = False) -> Measurement:
@@ -108,7 +140,8 @@ def measure(folder: str, disk_bytes: int = DISK_BYTES, memory_bytes: int = MEMOR
         to_device[name], pinned = device_bandwidth(name, memory_bytes)
         if not pinned:
             not_pinned.append(name)
-    return Bandwidths(disk, direct, host_bandwidth(memory_bytes), to_device, tuple(not_pinned))
+    arithmetic = {name: multiplying(name, memory_bytes // 2) for name in (CPU, *to_device)}
+    return Bandwidths(disk, direct, host_bandwidth(memory_bytes), to_device, tuple(not_pinned), arithmetic)
 
 
 # ---------------------------------------------------------------- what is measured
@@ -194,8 +227,48 @@ def device_bandwidth(name: str, nbytes: int = MEMORY_BYTES) -> tuple[float, bool
     return nbytes / seconds, host.pinned
 
 
-def _best(copy: Callable[[], torch.Tensor], wait: Callable[[], None]) -> float:
-    """Seconds of the quickest of some copies; the first one only warms up."""
+def multiplying(name: str, nbytes: int = MEMORY_BYTES) -> Arithmetic:
+    """What an element of a weight takes on a device by dtype and number of tokens.
+
+    Weights of `nbytes` bytes in all, of 2048 x 2048 elements each or fewer, are multiplied by in turn, so that they
+    come from memory and not from a cache; where tokens are many, and arithmetic takes the time, only one of them.
+    """
+    import torch
+
+    device, curves = hardware.torch_device(name), {}
+    size = min(2048, isqrt(nbytes // 2))
+    with torch.inference_mode():
+        for dtype in _DTYPES:
+            count = max(1, nbytes // (size * size * DTYPE_BYTES[dtype]))
+            weights = [torch.rand(size, size, device=device).to(getattr(torch, dtype)) for _ in range(count)]
+            curves[dtype] = tuple(_curve(weights))
+    return Arithmetic({**curves, "": curves["bfloat16"]})
+
+
+def _curve(weights: Sequence[torch.Tensor]) -> Iterator[tuple[float, float]]:
+    """(tokens, seconds per element of a weight), up to where it takes long: from there on it is in proportion."""
+    import torch
+
+    device, dtype = weights[0].device, weights[0].dtype
+    wait = (lambda: None) if device.type == CPU else partial(torch.accelerator.synchronize, device)
+    for tokens in _TOKENS:
+        used = weights if tokens <= _FEW_TOKENS else weights[:1]
+        inputs = torch.rand(tokens, weights[0].shape[1], device=device).to(dtype)
+        seconds = _best(partial(_multiply, used, inputs), wait)
+        yield float(tokens), seconds / sum(weight.numel() for weight in used)
+        if seconds > _LONG and tokens > _FEW_TOKENS:
+            break
+
+
+def _multiply(weights: Sequence[torch.Tensor], inputs: torch.Tensor) -> None:
+    from torch.nn.functional import linear
+
+    for weight in weights:
+        linear(inputs, weight)
+
+
+def _best(copy: Callable[[], Any], wait: Callable[[], None]) -> float:
+    """Seconds of the quickest of some calls; the first one only warms up."""
     copy()
     wait()
     seconds = []

@@ -10,12 +10,12 @@ import logging
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from torch import nn
 
-from . import hardware, report, settings
+from . import bandwidth, hardware, report, settings
 from .checkpoint.index import open_checkpoint
 from .checkpoint.reader import Reader, layout
 from .device_map import missing_from, normalize_devices, resolve
@@ -48,6 +48,7 @@ def plan_model(
     spec = model_spec(model, request.no_split, ties, loaded_as)
     max_memory = request.max_memory if request.max_memory is not None else settings.current().max_memory
     budget = hardware.probe(max_memory)
+    budget = replace(budget, speeds=bandwidth.speeds(next(iter(budget.devices), CPU)))
     if isinstance(request.device_map, str) and request.device_map in STRATEGIES:
         plan = make_plan(spec, budget, request.device_map, request.offload_buffers, hardware.map_value)
     else:

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from .specs import CPU, DISK, Arithmetic, BlockSpec, Needs, PhaseTime, Placement, Speeds, Workload
+from .specs import CPU, DISK, DTYPE_BYTES, Arithmetic, BlockSpec, Needs, PhaseTime, Placement, Speeds, Workload
 
 _PASSES = 3
 """Calls that are followed one by one; the others take as long as the last of them."""
@@ -100,13 +100,13 @@ def task(placement: Placement, phase: Phase, needs: Needs, speeds: Speeds, borro
 
 
 def _compute(block: BlockSpec, phase: Phase, needs: Needs, speed: Arithmetic, borrowed: int) -> float:
-    """Seconds: weights are read once, and take the operations that are known, else two each per token; a table is
-    gathered."""
+    """Seconds of multiplying by every weight, or of the operations that are known; a table is gathered."""
     if block.gathers:
         return 0.0
+    elements = block.elements + borrowed / DTYPE_BYTES.get(block.dtype, 2)
     known = needs.operations.get(block.name) if block.part_of is None else None
-    operations = known[0 if phase.first else 1] if known else 2.0 * block.elements * phase.tokens
-    return speed.seconds(block.dtype, block.nbytes + borrowed, operations)
+    tokens = known[0 if phase.first else 1] / (2 * elements) if known and elements else phase.tokens
+    return speed.seconds(block.dtype, elements, tokens)
 
 
 def predict(placements: Sequence[Placement], needs: Needs, speeds: Speeds, slots: int) -> tuple[PhaseTime, ...]:

@@ -108,7 +108,8 @@ class Problem:
 
     def _fluid(self, room: int, travel: Callable[[Task], float]) -> float:
         """The same with one thing that takes time beside arithmetic, if `room` bytes are spared it."""
-        seconds, gains, left = 0.0, [], float(max(room, 0))
+        seconds, left = 0.0, float(max(room, 0))
+        gains: list[tuple[float, float]] = []
         for items, phases in self._sharing().items():
             size, kinks = sum(self.items[i].ring for i in items), []
             for calls, steps in phases:
@@ -121,8 +122,8 @@ class Problem:
             for until, _ in sorted(kinks):
                 gains.append((sum(gain for kink, gain in kinks if kink >= until), (until - reached) * size))
                 reached = until
-        for gain, size in sorted(gains, reverse=True):
-            spared = min(size, left)
+        for gain, most in sorted(gains, reverse=True):
+            spared = min(most, left)
             seconds, left = seconds - gain * spared, left - spared
         return seconds
 

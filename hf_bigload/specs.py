@@ -187,17 +187,32 @@ class Needs:
 
 @dataclass(frozen=True)
 class Arithmetic:
-    """How fast a device multiplies matrices, by dtype (the entry "" is for any other)."""
+    """How fast a device multiplies matrices: what one element of a weight takes, when it meets so many tokens.
 
-    bytes_per_second: Mapping[str, float]
-    """At which weights are read for a few tokens: memory is the limit."""
-    operations_per_second: Mapping[str, float]
-    """For many tokens: arithmetic is."""
+    By dtype ("" for any other): (tokens, seconds) in ascending order. A table, for there is no formula: kernels for
+    one token and for many are different ones.
+    """
 
-    def seconds(self, dtype: str, nbytes: float, operations: float) -> float:
-        """Of a multiplication that reads `nbytes` bytes of weights of `dtype` and takes that many operations."""
-        by_memory = nbytes / self.bytes_per_second.get(dtype, self.bytes_per_second[""])
-        return max(by_memory, operations / self.operations_per_second.get(dtype, self.operations_per_second[""]))
+    curves: Mapping[str, tuple[tuple[float, float], ...]]
+
+    def seconds(self, dtype: str, elements: float, tokens: float) -> float:
+        """Of a multiplication by a weight of `elements` elements; between the table's rows, in proportion."""
+        curve = self.curves.get(dtype) or self.curves[""]
+        (first, fewest), (last, most) = curve[0], curve[-1]
+        if tokens <= first:  # of a mixture of experts: only some of the weights are met
+            return elements * fewest * tokens / first
+        if tokens >= last:
+            return elements * most * tokens / last
+        row = next(i for i, (known, _) in enumerate(curve) if known > tokens)
+        (low, before), (high, after) = curve[row - 1], curve[row]
+        return elements * (before + (after - before) * (tokens - low) / (high - low))
+
+
+def roofline(bytes_per_second: float, operations_per_second: float, element_bytes: int = 2) -> Arithmetic:
+    """As fast as memory brings weights, and no faster than arithmetic: the model of S. Williams et al. (CACM 2009)."""
+    knee = max(1.0, element_bytes / bytes_per_second * operations_per_second / 2)
+    rows = (1.0, element_bytes / bytes_per_second), (knee, 2 * knee / operations_per_second)
+    return Arithmetic({"": rows})
 
 
 @dataclass(frozen=True)
@@ -211,9 +226,10 @@ class Speeds:
     """One NVMe drive, read past the page cache."""
     bus: float = 20e9
     """Pinned memory to an accelerator: PCIe 4.0 with 16 lanes."""
-    cpu: Arithmetic = Arithmetic({"": 20e9}, {"": 5e11})
-    device: Arithmetic = Arithmetic({"": 1e12}, {"": 1e14, "float32": 2e13})
+    cpu: Arithmetic = field(default_factory=lambda: roofline(20e9, 5e11))
+    device: Arithmetic = field(default_factory=lambda: roofline(1e12, 1e14))
     measured: bool = False
+    """Whether on this machine; else predictions may be off by a large factor."""
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,14 @@ import pytest
 from hf_bigload import bandwidth, hardware
 from hf_bigload.bandwidth import Bandwidths, Measurement, device_bandwidth, disk_bandwidth, known, measured
 from hf_bigload.errors import SpillError
+from hf_bigload.specs import CPU, Arithmetic, Speeds
 from tests import simdev
 
 MIB = 1 << 20
-FIGURES = Bandwidths(disk=1e9, direct=True, host_copy=5e9, to_device={"cuda:0": 2e10}, not_pinned=("cuda:1",))
+TABLE = Arithmetic({"float32": ((1.0, 1e-9), (4.0, 2e-9)), "": ((1.0, 3e-9),)})
+FIGURES = Bandwidths(
+    disk=1e9, direct=True, host_copy=5e9, to_device={"cuda:0": 2e10}, not_pinned=("cuda:1",), arithmetic={CPU: TABLE}
+)
 
 
 @pytest.fixture
@@ -39,6 +43,29 @@ def test_a_measurement_gives_rates_and_leaves_no_file(tmp_path: Path) -> None:
     assert figures.disk > 0 and figures.host_copy > 0
     assert set(figures.to_device) == set(hardware.accelerator_names())
     assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_arithmetic_is_measured_for_each_dtype_from_one_token_to_many() -> None:
+    curves = bandwidth.multiplying(CPU, MIB).curves
+    assert {"float32", "bfloat16", "float16", ""} == set(curves)
+    assert all(
+        rows[0][0] == 1 and len(rows) > 3 and all(seconds > 0 for _, seconds in rows) for rows in curves.values()
+    )
+
+
+def test_seconds_are_read_off_the_table_and_in_proportion_where_it_ends() -> None:
+    assert [TABLE.seconds("float32", 1e9, n) for n in (0.5, 1, 2, 4, 8)] == pytest.approx([0.5, 1, 4 / 3, 2, 4])
+    assert TABLE.seconds("int8", 1e9, 2) == pytest.approx(6)
+
+
+def test_predictions_divide_by_what_was_measured_here_else_by_round_figures(
+    tmp_path: Path, measurements: list[str]
+) -> None:
+    folder = str(tmp_path)
+    assert bandwidth.speeds("cuda:0", folder) == Speeds() and not Speeds().measured
+    measured(folder)
+    found = bandwidth.speeds("cuda:0", folder)
+    assert (found.disk, found.bus, found.cpu, found.device) == (1e9, 2e10, TABLE, Speeds().device) and found.measured
 
 
 def test_the_disk_is_read_whole_through_the_reader_that_streams(

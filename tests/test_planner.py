@@ -8,7 +8,7 @@ import pytest
 
 from hf_bigload.errors import BudgetError
 from hf_bigload.planner import compress, follow_map, make_plan
-from hf_bigload.specs import CPU, DISK, Arithmetic, BlockSpec, Hardware, ModelSpec, Plan, Speeds, TensorSpec
+from hf_bigload.specs import CPU, DISK, BlockSpec, Hardware, ModelSpec, Plan, Speeds, TensorSpec, roofline
 
 
 def tensor(name: str, nbytes: int, is_buffer: bool = False) -> TensorSpec:
@@ -39,7 +39,7 @@ def assert_within_budget(plan: Plan) -> None:
     assert not over
 
 
-COMPUTES_AS_LONG_AS_IT_WAITS = Speeds(1e9, 1e9, Arithmetic({"": 1e9}, {"": 1e15}), Arithmetic({"": 1e9}, {"": 1e15}))
+COMPUTES_AS_LONG_AS_IT_WAITS = Speeds(1e9, 1e9, roofline(1e9, 1e15, 1), roofline(1e9, 1e15, 1))
 """Where a second slot, in which the next block comes meanwhile, pays for the block that it drives away."""
 
 LAYERS = [block(f"layers.{i}", 60, 40) for i in range(6)]
@@ -211,7 +211,11 @@ ENCODER = [block(f"encoder.{i}", 60, 40, calls=1) for i in range(4)]
 DECODER = [block(f"decoder.{i}", 60, 40) for i in range(4)]
 
 
-@pytest.mark.parametrize("hardware", [Hardware({}, 500), Hardware({"cuda:0": 500}, 10_000)])
+QUICK = Speeds(cpu=roofline(1e12, 1e15), device=roofline(1e12, 1e15))
+"""Arithmetic next to which it is weights that one waits for."""
+
+
+@pytest.mark.parametrize("hardware", [Hardware({}, 500, speeds=QUICK), Hardware({"cuda:0": 500}, 10_000, speeds=QUICK)])
 @pytest.mark.parametrize("blocks", [[*ENCODER, *DECODER], [*DECODER, *ENCODER]])
 def test_the_decoder_rests_where_it_runs_and_the_encoder_streams_once(
     hardware: Hardware, blocks: list[BlockSpec]
