@@ -15,10 +15,9 @@ import logging
 import os
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from copy import deepcopy
-from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
@@ -28,127 +27,20 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ..errors import OffloadedWeightError
+from .autograd import Kept, Resting, may_hook_saved_tensors, outside_autograd, uncached_casts, unpack
+from .fetch import Fetch, Item
 from .machine import CPU_DEVICE, Machine
 from .moving import map_tensors
 from .prefetch import Ahead, Prefetcher, Recipe, Sent, Stop
-from .residency import MemoryResident, Residency, State, resting, state_of, version_of
-from .ring import Slot, address_of, span_bytes
+from .residency import Residency, resting, state_of, version_of
+from .ring import address_of
 from .stats import Stats
 from .transfer import Transfer
+from .watched import unwatch, watch
 
 logger = logging.getLogger(__name__)
 
 __all__ = ["CPU_DEVICE", "Executor", "Machine", "Scope", "Stats", "unwatch", "watch"]
-
-
-COMPARED_BYTES = 64 * 1024
-"""Weights on the CPU up to this size are compared with what arrived: larger ones would cost what it costs to read them.
-"""
-
-
-@dataclass(eq=False, slots=True)
-class Item:
-    """One weight of a fetch."""
-
-    tensor: torch.Tensor
-    residency: Residency
-    swaps: bool
-    """The tensor's own data is what arrived; otherwise a stand-in is handed to whoever reads the weight by name."""
-    leaf: torch.Tensor | None = None
-    """A view of the weight at home, for a stand-in whose gradient is the weight's."""
-    arrived: torch.Tensor | None = None
-    version: int = 0
-    """Of what is used, when it arrived."""
-    state: State | None = None
-    """The weight's from when it appears on, if nobody touches it."""
-    stand_in: torch.Tensor | None = None
-    before: torch.Tensor | None = None
-    """Of a small weight, what arrived: a write through `.data` leaves no other trace."""
-
-    def appear(self) -> None:
-        """Let what arrived be used."""
-        assert self.arrived is not None
-        if self.arrived.device.type == "cpu" and span_bytes(self.arrived) <= COMPARED_BYTES:
-            self.before = self.arrived.clone()
-        if self.swaps:
-            self.tensor.data = self.arrived
-            self.state = self.state or state_of(self.tensor)
-            self.version = self.state[1]
-        elif self.leaf is None:
-            self.stand_in = self.arrived.data  # with a version of its own: those of a slot's views count together
-
-    def is_untouched(self) -> bool:
-        """Whether that is certain at a glance: the weight itself came, and no kernel writes to it uncounted."""
-        certain = self.state is not None and self.before is None and type(self.tensor) is nn.Parameter
-        return certain and self.state == state_of(self.tensor)
-
-    def handed_out(self) -> torch.Tensor:
-        if self.swaps:
-            return self.tensor
-        if self.stand_in is None:
-            self.stand_in, self.leaf = _Onload.apply(self.leaf, self.arrived), None
-        assert self.stand_in is not None
-        return self.stand_in
-
-    def is_written(self) -> bool:
-        """Whether what was used was written to."""
-        used = self.tensor if self.swaps else self.stand_in
-        if used is None or self.arrived is None:
-            return False
-        if version_of(used) != self.version:
-            return True
-        if isinstance(self.tensor, nn.Parameter):
-            return self.before is not None and not _same_bytes(self.before, self.arrived)
-        home = self.residency.home  # kernels update running statistics without counting it as a write
-        return home is not self.arrived and not torch.equal(home, self.arrived.to(home.device))
-
-
-@dataclass(eq=False)
-class Fetch:
-    """Weights that are on a device together. Ends when the last scope that uses them is left."""
-
-    device: torch.device
-    brought_by: Scope
-    items: list[Item] = field(default_factory=list)
-    pinned: list[torch.Tensor] = field(default_factory=list)
-    """Weights that are used where they rest, and must not be taken elsewhere meanwhile."""
-    transfers: list[Transfer] = field(default_factory=list)
-    users: set[Scope] = field(default_factory=set)
-    shared: bool = False
-    """Whether there were several at once."""
-    ready: threading.Event = field(default_factory=threading.Event)
-    failed: bool = False
-
-    @property
-    def slots(self) -> list[Slot]:
-        return [transfer.slot for transfer in self.transfers]
-
-    def take_over(self, sent: Sent, ahead: Ahead) -> torch.Tensor:
-        """Use a weight that was sent ahead: its transfer is this fetch's to release."""
-        if sent.transfer not in self.transfers:
-            self.transfers.append(sent.transfer)
-            ahead.used.append(sent.transfer)
-        return sent.data
-
-    def item_of(self, tensor: torch.Tensor) -> Item | None:
-        return next((item for item in self.items if item.tensor is tensor), None)
-
-    def arrived(self) -> bool:
-        """Wait until another thread has brought the weights; whether it could."""
-        self.ready.wait()
-        for slot in self.slots:
-            slot.joined()
-        return not self.failed
-
-    def find(self, data: torch.Tensor) -> Item | None:
-        """The weight that `data`, somewhere in this fetch's slots, is a view of."""
-        if not any(slot.covers(data) for slot in self.slots):
-            return None
-        address = address_of(data)
-        for item in self.items:
-            if item.arrived is not None and 0 <= address - address_of(item.arrived) < span_bytes(item.arrived):
-                return item
-        return None
 
 
 class Executor:
@@ -322,7 +214,7 @@ class Executor:
         return resting(tensor)
 
     def _bring(self, fetch: Fetch, scope: Scope) -> None:
-        with _outside_autograd():
+        with outside_autograd():
             missing = [item for item in fetch.items if item.arrived is None]
             if missing:
                 self._send(fetch, missing, scope.lasting)
@@ -352,7 +244,7 @@ class Executor:
         if must_keep and not recipe.keeps:
             return None
         ahead = Ahead(recipe)
-        with _outside_autograd():
+        with outside_autograd():
             for load, _ in recipe.loads:
                 transfer = self.machine.send_ahead(load, stop.runs_on)
                 if transfer is None:
@@ -368,7 +260,7 @@ class Executor:
             return stop.recipe
         device = stop.runs_on
         wanted = [(t, residency) for t in free if (residency := self._sendable(t, device)) is not None]
-        with _outside_autograd():
+        with outside_autograd():
             groups = _by_kind(wanted, lambda pair: pair[1]).items()
             loads = [(kind.load([r for _, r in group], device), group) for kind, group in groups]
         stop.recipe = Recipe(free, [state_of(t) for t in free], loads)
@@ -403,7 +295,7 @@ class Executor:
         """End a fetch. Can be begun again where an interrupt stopped it."""
         if not fetch.ready.is_set():
             fetch.failed = True
-        with _outside_autograd():
+        with outside_autograd():
             for slot in fetch.slots if fetch.shared else ():
                 slot.follow()  # what others wrote there goes home, too
             while fetch.items:
@@ -520,10 +412,10 @@ class Executor:
             for fetch in scope.fetches:
                 item = fetch.find(tensor)
                 if item is not None and (item.is_written() or tensor.is_conj() or tensor.is_neg()):
-                    return _Kept(tensor.detach().clone(), 0)  # the home has other values
+                    return Kept(tensor.detach().clone(), 0)  # the home has other values
                 if item is not None:
-                    return _Resting.of(self, tensor, item)
-        return _Kept(tensor.detach(), version_of(tensor))  # detached: an output would keep itself alive by its graph
+                    return Resting.of(self, tensor, item)
+        return Kept(tensor.detach(), version_of(tensor))  # detached: an output would keep itself alive by its graph
 
     # ------------------------------------------------------------ errors
 
@@ -627,95 +519,10 @@ class Scope:
         """
         travelled = any(fetch.slots for fetch in self.fetches)
         forgetful = travelled and torch.is_autocast_enabled(self.device.type)
-        saves = torch.is_grad_enabled() and (travelled or self.executor.watching) and _may_hook_saved_tensors()
-        hooks = saved_tensors_hooks(self.executor.pack, _unpack) if saves else nullcontext()
-        with _uncached_casts() if forgetful else nullcontext(), hooks:
+        saves = torch.is_grad_enabled() and (travelled or self.executor.watching) and may_hook_saved_tensors()
+        hooks = saved_tensors_hooks(self.executor.pack, unpack) if saves else nullcontext()
+        with uncached_casts() if forgetful else nullcontext(), hooks:
             yield
-
-
-# ---------------------------------------------------------------- autograd
-
-
-class _Onload(torch.autograd.Function):
-    """What arrived elsewhere, as the weight that rests: its gradient goes home."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(leaf: torch.Tensor, arrived: torch.Tensor) -> torch.Tensor:
-        return arrived.data
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-        ctx.home = inputs[0].device
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return gradient.to(ctx.home), None
-
-
-@dataclass(frozen=True, eq=False)
-class _Kept:
-    """A tensor that autograd keeps. Torch leaves it to whoever packs tensors to notice that one was written to."""
-
-    tensor: torch.Tensor
-    version: int
-
-    def again(self) -> torch.Tensor:
-        if version_of(self.tensor) != self.version:
-            raise RuntimeError(
-                "one of the variables needed for gradient computation has been modified by an inplace operation: a "
-                f"tensor of {self.tensor.dtype} and shape {tuple(self.tensor.shape)} is at version "
-                f"{version_of(self.tensor)}; expected version {self.version} instead."
-            )
-        return self.tensor
-
-
-@dataclass(frozen=True, eq=False)
-class _Resting:
-    """A view of a weight that autograd wanted to keep: how to make it again from where the weight rests."""
-
-    executor: Executor
-    weight: torch.Tensor
-    residency: Residency
-    version: int
-    device: torch.device
-    size: torch.Size
-    stride: tuple[int, ...]
-    offset: int
-    """Elements from the weight's first."""
-    dtype: torch.dtype
-
-    @classmethod
-    def of(cls, executor: Executor, view: torch.Tensor, item: Item) -> _Resting:
-        offset = (address_of(view) - address_of(item.arrived)) // view.element_size()  # type: ignore[arg-type]
-        look = (view.device, view.size(), view.stride(), offset, view.dtype)
-        return cls(executor, item.tensor, item.residency, version_of(item.tensor), *look)
-
-    def again(self) -> torch.Tensor:
-        if version_of(self.weight) != self.version:
-            raise OffloadedWeightError(
-                f"{self.executor._told(self.weight)} was changed in place between forward and backward; the gradients "
-                "that need its old value cannot be computed. Run backward before the optimiser's step."
-            )
-        with _outside_autograd():
-            there = self._there()
-            there = there if there.dtype == self.dtype else there.view(self.dtype)
-            return there.as_strided(self.size, self.stride, there.storage_offset() + self.offset)
-
-    def _there(self) -> torch.Tensor:
-        home = self.residency.home
-        if home.device == self.device and isinstance(self.residency, MemoryResident):
-            return home
-        if self.executor.machine.reader.closed:  # the model was settled or detached since: homes can still be read
-            return home.to(self.device)
-        machine = self.executor.machine.aside
-        transfer = machine.send(type(self.residency).load([self.residency], self.device), self.device)
-        transfer.wait()
-        machine.wait_for_homes()  # whoever called backward may write to weights right after it
-        self.executor._count("", [transfer])
-        transfer.ring.lose(transfer.slot)  # lives as long as what is returned
-        return transfer.tensors[0]
 
 
 T = TypeVar("T")
@@ -727,46 +534,6 @@ def _by_kind(things: Iterable[T], residency: Callable[[T], Residency]) -> dict[t
     for thing in things:
         groups.setdefault(type(residency(thing)), []).append(thing)
     return groups
-
-
-def _may_hook_saved_tensors() -> bool:
-    autograd: Any = torch._C._autograd
-    return autograd._top_saved_tensors_default_hooks(True) is None and autograd._saved_tensors_hooks_is_enabled()
-
-
-@contextmanager
-def _uncached_casts() -> Iterator[None]:
-    """Autocast keeps what it cast until its context ends: of a model that streams, that would be all of it."""
-    before = torch.is_autocast_cache_enabled()
-    torch.set_autocast_cache_enabled(False)
-    try:
-        yield
-    finally:
-        torch.set_autocast_cache_enabled(before)
-
-
-def _unpack(saved: _Kept | _Resting) -> torch.Tensor:
-    return saved.again()
-
-
-def _outside_autograd() -> AbstractContextManager[None]:
-    """Weights must never become inference tensors, nor their moves part of a graph."""
-    graph = torch.is_grad_enabled() or torch.is_inference_mode_enabled() or _may_transform()
-    return _out_of_autograd() if graph else _NOTHING
-
-
-_NOTHING: AbstractContextManager[None] = nullcontext()
-
-
-def _may_transform() -> bool:
-    """Whether the calling thread is inside of a function transform (`torch.func`)."""
-    return torch._C._functorch.maybe_current_level() is not None
-
-
-@contextmanager
-def _out_of_autograd() -> Iterator[None]:
-    with torch._C._DisableFuncTorch(), torch.inference_mode(False), torch.no_grad():
-        yield
 
 
 def _modules(module: nn.Module) -> list[nn.Module]:
@@ -781,12 +548,6 @@ def _modules(module: nn.Module) -> list[nn.Module]:
     return found
 
 
-def _same_bytes(one: torch.Tensor, other: torch.Tensor) -> bool:
-    if one.is_contiguous() and other.is_contiguous():  # as numbers, NaN would differ from itself
-        one, other = one.view(-1).view(torch.uint8), other.view(-1).view(torch.uint8)
-    return torch.equal(one, other)
-
-
 def _overwrite(home: torch.Tensor, arrived: torch.Tensor) -> None:
     if home is not arrived:
         home.copy_(arrived)
@@ -794,55 +555,3 @@ def _overwrite(home: torch.Tensor, arrived: torch.Tensor) -> None:
 
 def _is_same_view(one: torch.Tensor, other: torch.Tensor) -> bool:
     return address_of(one) == address_of(other) and one.shape == other.shape and one.stride() == other.stride()
-
-
-# ---------------------------------------------------------------- weights read by name
-
-
-class WatchedParameters(dict[str, Any]):
-    """A module's parameters or buffers, which tells the executor when one is read by name.
-
-    Whoever reads a weight outside its module's forward (a parent that multiplies with `child.weight`) gets it on its
-    own device. Iterating, as `named_parameters` and `state_dict` do, gives the weights themselves.
-    """
-
-    def __init__(self, tensors: Mapping[str, Any], executor: Executor, device: torch.device) -> None:
-        super().__init__(tensors)
-        self.executor, self.device = executor, device
-
-    def __getitem__(self, name: str) -> Any:
-        tensor = super().__getitem__(name)  # as the compiler can trace it
-        if tensor is None:
-            return None
-        scopes = self.executor._thread.scopes
-        if scopes:  # what `see` would find first, without a call: every module reads its weights here
-            scope = scopes[-1]
-            held = scope.held.get(id(tensor))
-            if held is not None and held.device == scope.device:
-                return held
-        return self.executor.see(tensor, self.device)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> WatchedParameters:
-        copied = {name: deepcopy(tensor, memo) for name, tensor in self.items()}
-        return WatchedParameters(copied, deepcopy(self.executor, memo), self.device)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return dict, (dict(self.items()),)
-
-
-_WATCHED = ("_parameters", "_buffers")
-
-
-def watch(module: nn.Module, executor: Executor, device: torch.device) -> None:
-    """Notice reads of `module`'s parameters and buffers from now on; it runs on `device`."""
-    for name in _WATCHED:
-        held = module.__dict__[name]
-        if held and type(held) is dict:
-            module.__dict__[name] = WatchedParameters(held, executor, device)
-
-
-def unwatch(module: nn.Module) -> None:
-    """Give `module` its plain parameters and buffers back."""
-    for name in _WATCHED:
-        if isinstance(module.__dict__[name], WatchedParameters):
-            module.__dict__[name] = dict(module.__dict__[name].items())
