@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import groupby
 
 from . import registry
 from .checkpoint.repository import Repository, open_repository
 from .errors import DtypeError, RepositoryError
-from .specs import DTYPE_BYTES, BlockSpec, ModelSpec, TensorSpec
+from .estimate import bound
+from .specs import DTYPE_BYTES, BlockSpec, ModelSpec, Needs, TensorSpec, Workload
 
 FLOATING = ("float16", "bfloat16", "float32", "float64")
 """Dtypes that a load casts from and to."""
@@ -25,6 +27,8 @@ class Description:
     spec: ModelSpec
     from_class: bool
     """Whether the model's class said so. Else tensors are as the files have them, cut into blocks by their names."""
+    needs: Callable[[Workload], Needs] = field(compare=False, repr=False)
+    """What a request takes beside the weights: traced, or bounded where there are headers only."""
 
     @property
     def dtype(self) -> str:
@@ -49,16 +53,18 @@ def describe(name: str | os.PathLike[str], dtype: str | None = None, revision: s
     if dtype is not None and dtype not in FLOATING:
         raise DtypeError(f"Weights cannot be loaded in dtype {dtype!r}: choose one of {', '.join(FLOATING)}.")
     repository = open_repository(name, revision)
-    spec = registry.describe(repository.folder, repository.stored, dtype)
-    if spec is not None:
-        return Description(repository, spec, from_class=True)
+    described = registry.describe(repository.folder, repository.stored, dtype)
+    if described is not None:
+        return Description(repository, described.spec, from_class=True, needs=described.needs)
     if repository.stored is None:
         kind = repository.config.get("model_type", "without a model_type")
         raise RepositoryError(
             f"{repository.name} has no safetensors headers to read sizes from, and no installed library makes a model "
             f"of its config ({kind}). Install or update transformers, or use a safetensors version of this model."
         )
-    return Description(repository, spec_from_headers(repository.stored, dtype), from_class=False)
+    spec = spec_from_headers(repository.stored, dtype)
+    bounded = partial(bound, spec, config=repository.config)
+    return Description(repository, spec, from_class=False, needs=bounded)
 
 
 def spec_from_headers(stored: Mapping[str, TensorSpec], dtype: str | None = None) -> ModelSpec:

@@ -28,6 +28,9 @@ from .pinned import ALIGNMENT
 from .planner import STRATEGIES, follow_map, make_plan
 from .skeleton import LoadedAs, model_spec
 from .specs import CPU, DISK, LoadRequest, ModelSpec, Plan
+from .trace import needs_of
+
+__all__ = ["dispatch", "estimate", "inspect", "needs_of", "plan", "plan_model"]
 
 logger = logging.getLogger(__name__)
 ModelT = TypeVar("ModelT", bound=nn.Module)

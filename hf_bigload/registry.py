@@ -21,8 +21,8 @@ import pkgutil
 import sys
 import threading
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any, Protocol, runtime_checkable
 
@@ -30,7 +30,7 @@ import wrapt
 
 from hf_bigload.errors import LoaderError
 from hf_bigload.seams import AnySeam, Installation, PropertySeam, Provided, Seam, prepare
-from hf_bigload.specs import ModelSpec, TensorSpec
+from hf_bigload.specs import ModelSpec, Needs, TensorSpec, Workload
 
 ENTRY_POINT_GROUP = "hf_bigload.loaders"
 
@@ -58,16 +58,33 @@ class Loader(Protocol):
         """The functions to take over and the names to provide. Called once `trigger` is imported, never before."""
 
 
+@dataclass(frozen=True)
+class Described:
+    """A model that is not loaded, as a loader knows it."""
+
+    spec: ModelSpec
+    needs: Callable[[Workload], Needs] = field(compare=False, repr=False)
+    """What a request takes beside the weights."""
+
+
 @runtime_checkable
 class Describes(Protocol):
     """What a loader may also be: one that knows a model before its weights are there."""
 
-    def describe(self, folder: str, stored: Mapping[str, TensorSpec] | None, dtype: str | None) -> ModelSpec | None:
+    def describe(self, folder: str, stored: Mapping[str, TensorSpec] | None, dtype: str | None) -> Described | None:
         """The model whose config is in `folder`, with weights in `dtype` (None: as the library chooses it).
 
         `stored` are the tensors of its files, by their names there; None where they are not known. Returns None for a
         folder that is not the library's, or a model that it cannot make on meta.
         """
+
+
+@runtime_checkable
+class Traces(Protocol):
+    """What a loader may also be: one that knows how its models are called."""
+
+    def request(self, model: Any, workload: Workload) -> Any | None:
+        """The calls of one request to `model`, as a `trace.Request`; None for a model that is not the library's."""
 
 
 @dataclass(frozen=True)
@@ -90,11 +107,17 @@ class BuiltinLoader:
     def seams(self) -> Sequence[AnySeam]:
         return self.load().seams()
 
-    def describe(self, folder: str, stored: Mapping[str, TensorSpec] | None, dtype: str | None) -> ModelSpec | None:
+    def describe(self, folder: str, stored: Mapping[str, TensorSpec] | None, dtype: str | None) -> Described | None:
         if importlib.util.find_spec(self.library) is None:
             return None
         loader = self.load()
         return loader.describe(folder, stored, dtype) if isinstance(loader, Describes) else None
+
+    def request(self, model: Any, workload: Workload) -> Any | None:
+        if self.trigger not in sys.modules:
+            return None  # so the model is of something else
+        loader = self.load()
+        return loader.request(model, workload) if isinstance(loader, Traces) else None
 
 
 BUILTIN_LOADERS = (
@@ -127,10 +150,16 @@ def loaders() -> tuple[Loader, ...]:
     return _registry.loaders()
 
 
-def describe(folder: str, stored: Mapping[str, TensorSpec] | None, dtype: str | None = None) -> ModelSpec | None:
+def describe(folder: str, stored: Mapping[str, TensorSpec] | None, dtype: str | None = None) -> Described | None:
     """What the first loader that knows the model in `folder` says of it, or None; see `Describes`."""
     asked = (loader.describe(folder, stored, dtype) for loader in loaders() if isinstance(loader, Describes))
-    return next((spec for spec in asked if spec is not None), None)
+    return next((described for described in asked if described is not None), None)
+
+
+def request(model: Any, workload: Workload) -> Any | None:
+    """The calls of a request to `model` as the first loader that knows it gives them, or None; see `Traces`."""
+    asked = (loader.request(model, workload) for loader in loaders() if isinstance(loader, Traces))
+    return next((found for found in asked if found is not None), None)
 
 
 def enable() -> None:

@@ -7,6 +7,7 @@ Arguments of `hf_bigload.enable` come before the environment:
     HF_BIGLOAD_OFFLOAD_FOLDER   a folder for weights that must be kept converted
     HF_BIGLOAD_EXPLAIN          1 to print the plan of every load
     HF_BIGLOAD_CACHE_SIZE       100GiB: what the cache of converted weights may grow to; 0 for none
+    HF_BIGLOAD_WORKLOAD         batch=4,context=8192,new=256: what a plan should count on
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from hf_bigload.errors import DeviceMapError
+from hf_bigload.specs import Workload
 
 MEMORY_NAMES = ("cpu", "disk", "mps")
 """What `max_memory` may name besides the index of an accelerator."""
@@ -36,13 +38,15 @@ _SIZE = re.compile(r"(\d+(?:\.\d*)?|\.\d+)\s*([a-z]*)", re.IGNORECASE)
 class Settings:
     """Defaults for loads: `device_map` for one without a map (None: it stays the library's own affair), `max_memory` in
     bytes by device, `offload_folder`, whether to `explain` each plan on stderr, and the bytes that the cache of
-    converted weights may take, `cache_size` (None: see `checkpoint.spill_cache.size_limit`)."""
+    converted weights may take, `cache_size` (None: see `checkpoint.spill_cache.size_limit`), and the `workload` to plan
+    for (None: nobody named one)."""
 
     device_map: Any = None
     max_memory: Mapping[int | str, int] | None = None
     offload_folder: str | None = None
     explain: bool = False
     cache_size: int | None = None
+    workload: Workload | None = None
 
 
 _in_force: Settings | None = None
@@ -96,6 +100,7 @@ def from_environment(environ: Mapping[str, str] = os.environ) -> Settings:
         "offload_folder": str,
         "explain": _parse_flag,
         "cache_size": parse_size,
+        "workload": parse_workload,
     }
     values = {}
     for field, read in readers.items():
@@ -159,6 +164,31 @@ def _budget(key: int | str, size: int | float | str) -> tuple[int | str, int]:
         return index, parse_size(size)
     except ValueError as error:
         raise DeviceMapError(f"max_memory for {key!r}: {error}") from error
+
+
+_WORKLOAD = {"batch": "batch_size", "context": "context_length", "new": "new_tokens"}
+
+
+def parse_workload(text: str) -> Workload:
+    """A workload from a text such as "batch=4,context=8192,new=256"; what it leaves out keeps its default.
+
+    Raises ValueError naming the piece that is none.
+    """
+    given: dict[str, int] = {}
+    for piece in text.split(","):
+        name, _, count = (part.strip() for part in piece.partition("="))
+        if name not in _WORKLOAD or _WORKLOAD[name] in given or not count.isdecimal():
+            raise ValueError(f"workload {piece.strip()!r}: give each of {', '.join(_WORKLOAD)} once, as batch=4")
+        given[_WORKLOAD[name]] = int(count)
+    return checked_workload(Workload(**given))
+
+
+def checked_workload(workload: Workload) -> Workload:
+    """`workload` itself. Raises ValueError naming the field that is no positive integer."""
+    for name, value in vars(workload).items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name}={value!r}: a workload counts sequences and tokens, 1 at least")
+    return workload
 
 
 def parse_device_map(text: str) -> str | int | dict[str, int | str]:

@@ -29,9 +29,12 @@ from ..dispatch.hooks import ModelHook, add_hook_to_module
 from ..errors import QuantizedOffloadError
 from ..hardware import torch_device
 from ..materialize import Materializer
+from ..registry import Described
 from ..seams import AnySeam, PropertySeam, Provided, Seam
 from ..skeleton import dtype_name
-from ..specs import DISK, LoadRequest, ModelSpec, Plan, TensorSpec
+from ..specs import DISK, LoadRequest, Plan, TensorSpec, Workload
+from ..trace import Request
+from .transformers_requests import request
 from .transformers_skeleton import describe, loaded_as, ties
 from .transformers_weights import Source, load_weights, reverted_in_groups
 
@@ -97,9 +100,13 @@ class TransformersLoader:
             *_hook_names(),
         ]
 
-    def describe(self, folder: str, stored: Mapping[str, TensorSpec] | None, dtype: str | None) -> ModelSpec | None:
+    def describe(self, folder: str, stored: Mapping[str, TensorSpec] | None, dtype: str | None) -> Described | None:
         """The model of the config in `folder`; see `registry.Describes`."""
         return describe(folder, stored, dtype)
+
+    def request(self, model: Any, workload: Workload) -> Request | None:
+        """What `generate` calls; see `registry.Traces`."""
+        return request(model, workload)
 
 
 def _hook_names() -> Iterator[AnySeam]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 from collections.abc import Callable, Container, Mapping
@@ -12,8 +13,10 @@ import transformers
 from transformers.utils.generic import ContextManagers
 
 from ..checkpoint.index import SAFETENSORS_SUFFIX
+from ..registry import Described
 from ..skeleton import LoadedAs, dtype_name, model_spec
-from ..specs import ModelSpec, TensorSpec
+from ..specs import TensorSpec
+from ..trace import needs_of
 from .transformers_weights import dtype_rule
 
 logger = logging.getLogger(__name__)
@@ -22,7 +25,7 @@ _NOT_MADE = (AttributeError, ImportError, KeyError, NotImplementedError, OSError
 """What the library raises for a config that it cannot make a model of."""
 
 
-def describe(folder: str, stored: Mapping[str, TensorSpec] | None, dtype: str | None = None) -> ModelSpec | None:
+def describe(folder: str, stored: Mapping[str, TensorSpec] | None, dtype: str | None = None) -> Described | None:
     """The model that `from_pretrained(folder, dtype=dtype)` would make; None where the library cannot say.
 
     It cannot for a model with code of its own (which is not run), and for a quantised one, whose modules depend on
@@ -37,7 +40,8 @@ def describe(folder: str, stored: Mapping[str, TensorSpec] | None, dtype: str | 
     except _NOT_MADE as error:
         logger.info("transformers makes no model of the config in %s: %s", folder, error)
         return None
-    return model_spec(model, None, ties(model, _telling(folder, stored)), loaded_as(model, main))
+    spec = model_spec(model, None, ties(model, _telling(folder, stored)), loaded_as(model, main))
+    return Described(spec, functools.partial(needs_of, model, spec))
 
 
 def _telling(folder: str, stored: Mapping[str, TensorSpec] | None) -> Container[str]:
