@@ -110,7 +110,7 @@ def speeds(device: str, folder: str | None = None) -> Speeds:
         bus=figures.to_device.get(device, usual.bus),
         cpu=figures.arithmetic.get(CPU, usual.cpu),
         device=figures.arithmetic.get(device, usual.device),
-        measured=True,
+        measured=device in figures.arithmetic,
     )
 
 

@@ -1,7 +1,7 @@
 """The command `hf-bigload`. Each group of commands is a `typer.Typer` of its own; none imports torch before it must.
 
 hf-bigload estimate REPO_OR_PATH [--dtype D] [--json]
-hf-bigload plan REPO_OR_PATH [--dtype D] [--device SIZE]... [--ram SIZE] [--json]
+hf-bigload plan REPO_OR_PATH [--dtype D] [--device SIZE]... [--ram SIZE] [--batch|--context|--new-tokens N] [--json]
 hf-bigload doctor [--fresh] [--json]
 hf-bigload cache ls [--json]
 hf-bigload cache rm [ENTRY... | --all | --stale]
@@ -21,14 +21,14 @@ import typer
 from rich.console import Console, JustifyMethod
 from rich.table import Table
 
-from hf_bigload import __version__, advice, doctor, hardware, report, settings
+from hf_bigload import __version__, advice, bandwidth, doctor, hardware, report, settings
 from hf_bigload.advice import Step
 from hf_bigload.checkpoint import spill_cache
 from hf_bigload.checkpoint.spill_cache import EntryInfo
 from hf_bigload.describe import FLOATING, Description, describe
 from hf_bigload.errors import BigloadError, BudgetError, human_bytes
-from hf_bigload.planner import make_plan
-from hf_bigload.specs import CPU, DISK, Hardware, ModelSpec, Plan
+from hf_bigload.planner import make_plan_with_room
+from hf_bigload.specs import CPU, DISK, Hardware, ModelSpec, Needs, Plan, Workload
 
 app = typer.Typer(
     name="hf-bigload",
@@ -74,6 +74,9 @@ Model = Annotated[str, typer.Argument(metavar="REPO_OR_PATH", help="A name on th
 Dtype = Annotated[str | None, typer.Option(help="What to load weights in, as bfloat16; without it, the model's own.")]
 Revision = Annotated[str | None, typer.Option(help="A branch, tag or commit on the Hub.")]
 AsJson = Annotated[bool, typer.Option("--json", help="For programs; sizes in bytes.")]
+Batch = Annotated[int | None, typer.Option(min=1, help="Sequences at once.")]
+Context = Annotated[int | None, typer.Option(min=1, help="Tokens of each sequence's prompt.")]
+NewTokens = Annotated[int | None, typer.Option(min=1, help="Tokens to generate for each sequence.")]
 
 
 @app.command()
@@ -98,17 +101,24 @@ def plan(
         typer.Option(metavar="SIZE", help="Memory of an accelerator to plan for, as 24GiB; once for each, or `none`."),
     ] = None,
     ram: Annotated[str | None, typer.Option(metavar="SIZE", help="RAM to plan for, as 30GiB.")] = None,
+    batch: Batch = None,
+    context: Context = None,
+    new_tokens: NewTokens = None,
     as_json: AsJson = False,
 ) -> None:
-    """Where each block of a model would rest and run, on this machine or one of the sizes given. Nothing is loaded.
+    """Where each block of a model would rest and run, on this machine or one of the sizes given, and how fast.
 
-    Without --device or --ram, that is as this machine has it now, less a tenth.
+    Nothing is loaded. Without --device or --ram, that is as this machine has it now, less a tenth. Room is kept for
+    what a request of --batch sequences of --context tokens and --new-tokens generated ones takes beside the weights.
     """
     described = (None if not device else _sizes(device), None if ram is None else _size("--ram", ram))
     found = _described(model, dtype, revision)
-    machine = _machine(*described)
-    made, refusal = _plan_or_refusal(found.spec, machine)
-    steps = advice.next_steps(found.spec, machine, made)
+    named = any((batch, context, new_tokens, settings.current().workload))
+    machine, needs = _machine(*described), found.needs(_workload(batch, context, new_tokens))
+    made, refusal = _plan_or_refusal(found.spec, machine, needs, named)
+    if made is not None and not made.activations and not made.cache:
+        needs = Needs(needs.workload)
+    steps = advice.next_steps(found.spec, machine, made, needs)
     if as_json:
         content = _description_as_json(found) | _plan_as_json(made, machine, steps)
         typer.echo(json.dumps(content, indent=2))
@@ -117,8 +127,10 @@ def plan(
         if made is not None:
             _console().print(report.plan_view(made, found.repository.name))
             typer.echo(_what_travels(made))
+            typer.echo(report.prediction(made))
         for step in steps:
-            typer.echo(f"{human_bytes(step.more)} more {_on(step.device)}, and {step.buys}.")
+            faster = f": {step.times_as_fast:.1f} times as fast" if step.times_as_fast else ""
+            typer.echo(f"{human_bytes(step.more)} more {_on(step.device)}, and {step.buys}{faster}.")
     if refusal is not None:
         typer.echo(f"hf-bigload: {refusal}", err=True)
         raise typer.Exit(1)
@@ -134,7 +146,15 @@ def _machine(devices: Sequence[int] | None, ram: int | None) -> Hardware:
     """This machine, with the bytes given in place of its accelerators or its RAM."""
     here = Hardware({}, 0) if devices is not None and ram is not None else hardware.probe()
     given = here.devices if devices is None else {f"cuda:{i}": size for i, size in enumerate(devices)}
-    return Hardware(given, here.ram if ram is None else ram)
+    speeds = bandwidth.speeds(next(iter(given), CPU))
+    return Hardware(given, here.ram if ram is None else ram, speeds=speeds)
+
+
+def _workload(batch: int | None, context: int | None, new_tokens: int | None) -> Workload:
+    """The workload in force, with what was given in place of its figures."""
+    given = {"batch_size": batch, "context_length": context, "new_tokens": new_tokens}
+    usual = settings.current().workload or Workload()
+    return dataclasses.replace(usual, **{name: value for name, value in given.items() if value is not None})
 
 
 def _sizes(devices: Sequence[str]) -> list[int]:
@@ -148,9 +168,11 @@ def _size(option: str, text: str) -> int:
         raise typer.BadParameter(f"{option}: {error}") from error
 
 
-def _plan_or_refusal(spec: ModelSpec, machine: Hardware) -> tuple[Plan | None, BudgetError | None]:
+def _plan_or_refusal(
+    spec: ModelSpec, machine: Hardware, needs: Needs, firm: bool
+) -> tuple[Plan | None, BudgetError | None]:
     try:
-        return make_plan(spec, machine, map_value=_map_value), None
+        return make_plan_with_room(spec, machine, needs, firm, map_value=_map_value), None
     except BudgetError as error:
         return None, error
 
@@ -219,6 +241,15 @@ def _plan_as_json(plan: Plan | None, machine: Hardware, steps: Sequence[Step]) -
         "streams": plan.streams,
         "streamed_bytes": sum(p.streamed_bytes for p in plan.placements),
         "used": dict(plan.used),
+        "cache": dict(plan.cache),
+        "activations": dict(plan.activations),
+        "workload": dataclasses.asdict(plan.workload),
+        "predicted": {
+            "phases": [dataclasses.asdict(phase) for phase in plan.predicted],
+            "seconds": plan.seconds,
+            "lower_bound": plan.bound,
+            "measured": plan.measured,
+        },
         "budget": dict(plan.budget),
         "ring": dict(plan.ring),
         "device_map": dict(plan.device_map),

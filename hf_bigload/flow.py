@@ -22,12 +22,13 @@ from .device_map import missing_from, normalize_devices, resolve
 from .dispatch.attach import attach, attachment_of, detach, resident_plan
 from .dispatch.executor import Executor, Machine, Stats
 from .errors import DeviceMapError
+from .estimate import bound
 from .hardware import torch_device
 from .materialize import Materializer
 from .pinned import ALIGNMENT
-from .planner import STRATEGIES, follow_map, make_plan
+from .planner import STRATEGIES, follow_map, make_plan_with_room
 from .skeleton import LoadedAs, model_spec
-from .specs import CPU, DISK, LoadRequest, ModelSpec, Plan
+from .specs import CPU, DISK, Hardware, LoadRequest, ModelSpec, Needs, Plan, Workload
 from .trace import needs_of
 
 __all__ = ["dispatch", "estimate", "inspect", "needs_of", "plan", "plan_model"]
@@ -53,7 +54,7 @@ def plan_model(
     budget = hardware.probe(max_memory)
     budget = replace(budget, speeds=bandwidth.speeds(next(iter(budget.devices), CPU)))
     if isinstance(request.device_map, str) and request.device_map in STRATEGIES:
-        plan = make_plan(spec, budget, request.device_map, request.offload_buffers, hardware.map_value)
+        plan = _best(model, spec, request, budget, asked_for=max_memory is not None)
     else:
         plan = _follow(model, spec, request, budget)
     if settings.current().explain:
@@ -61,7 +62,38 @@ def plan_model(
     return plan
 
 
-def _follow(model: nn.Module, spec: ModelSpec, request: LoadRequest, budget: Any) -> Plan:
+def _best(model: nn.Module, spec: ModelSpec, request: LoadRequest, budget: Hardware, asked_for: bool) -> Plan:
+    """The planner's choice, with room for what a request takes beside the weights.
+
+    Budgets that were `asked_for` are for weights and rings, as Accelerate documents `max_memory`, unless a workload was
+    named: then they are for everything.
+    """
+    named = settings.current().workload
+    needs = Needs(named or Workload())
+    if (named or not asked_for) and not _has_room(model, spec, budget, needs.workload):
+        needs = needs_of(model, spec, needs.workload)
+    return make_plan_with_room(
+        spec,
+        budget,
+        needs,
+        firm=named is not None,
+        strategy=request.device_map,
+        offload_buffers=request.offload_buffers,
+        map_value=hardware.map_value,
+    )
+
+
+def _has_room(model: nn.Module, spec: ModelSpec, budget: Hardware, workload: Workload) -> bool:
+    """Whether everything fits on one device even with the most that a request could take: no trace is needed then."""
+    room = max(budget.devices.values(), default=budget.ram)
+    if spec.nbytes > room:
+        return False
+    to_dict = getattr(getattr(model, "config", None), "to_dict", dict)
+    most = bound(spec, workload, to_dict())
+    return spec.nbytes + most.activations + sum(most.cache.values()) <= room
+
+
+def _follow(model: nn.Module, spec: ModelSpec, request: LoadRequest, budget: Hardware) -> Plan:
     device_map = {k: hardware.device_name(v) for k, v in normalize_devices(as_map(request.device_map)).items()}
     _check_covered(spec, device_map)
     placed = [name for name in dict.fromkeys(device_map.values()) if name not in (CPU, DISK)]

@@ -10,6 +10,7 @@ too much. A block that fits nowhere is cut into its leaves; a leaf larger than t
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -21,6 +22,8 @@ from .errors import BudgetError, human_bytes
 from .schedule import Phase, Task, phases, predict, task, window
 from .search import DEVICE, FILES, RAM, Choice, Item, Problem, Search, Step
 from .specs import CPU, DISK, BlockSpec, Hardware, ModelSpec, Needs, Placement, Plan, Workload
+
+logger = logging.getLogger(__name__)
 
 STRATEGIES = ("auto", "balanced", "balanced_low_0", "sequential")
 _DEPTHS = (2, 1)
@@ -67,6 +70,25 @@ def make_plan(
     plan = replace(plan, bound=bound or (0.0 if plan.streams else plan.seconds))
     if not plan.keeps_budget:
         raise BudgetError(f"No placement was found that keeps the budgets {_listing(hardware)}. Raise max_memory.")
+    return plan
+
+
+def make_plan_with_room(spec: ModelSpec, hardware: Hardware, needs: Needs, firm: bool, **options: Any) -> Plan:
+    """`make_plan` with room for `needs`. Where these are not `firm` (nobody named a workload) and no placement has room
+    for them, or none that uses the accelerator, without."""
+    try:
+        plan = make_plan(spec, hardware, needs=needs, **options)
+        if firm or not hardware.devices or plan.main_device != CPU:
+            return plan
+    except BudgetError:
+        if firm:
+            raise
+    plan = make_plan(spec, hardware, needs=Needs(needs.workload), **options)
+    logger.warning(
+        "No room is kept for what a request takes beside the weights: %s for activations and %s for caches, with %s. "
+        "Shorter requests may run; hf_bigload.workload(...) says what to plan for.",
+        human_bytes(needs.activations), human_bytes(sum(needs.cache.values())), needs.workload,
+    )  # fmt: skip
     return plan
 
 
@@ -391,6 +413,8 @@ def _finish(
         ties=dict(spec.ties),
         offload_buffers=offload_buffers,
         predicted=predict(placements, needs, hardware.speeds, depth),
+        workload=needs.workload,
+        measured=hardware.speeds.measured,
     )
 
 

@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .errors import human_bytes
-from .specs import CPU, DISK, BlockSpec, Placement, Plan
+from .specs import CPU, DISK, BlockSpec, PhaseTime, Placement, Plan
 
 if TYPE_CHECKING:
     from .doctor import Diagnosis
@@ -32,6 +32,30 @@ def plan_table(plan: Plan, title: str = "model") -> str:
 def plan_view(plan: Plan, title: str = "model") -> Group:
     """The plan for a terminal: the memory of each device as a bar, then the table of blocks."""
     return Group(_bars(plan), _blocks(plan, title))
+
+
+def prediction(plan: Plan) -> str:
+    """In words, how long a request is predicted to take."""
+    workload = plan.workload
+    many = f"{workload.batch_size} sequences" if workload.batch_size > 1 else "one sequence"
+    what = f"{many} of {workload.context_length:,} tokens and {workload.new_tokens:,} new ones"
+    calls = ", ".join(_phase(phase) for phase in plan.predicted)
+    how = "as this machine was measured" if plan.measured else "with round figures; `hf-bigload doctor` measures"
+    return f"Predicted for {what}: {_seconds(plan.seconds)} ({calls}), {how}."
+
+
+def _phase(phase: PhaseTime) -> str:
+    if phase.calls == 1:
+        return f"{phase.name} {_seconds(phase.seconds)}"
+    return f"{phase.name} {phase.calls:,} times {_seconds(phase.seconds_per_call)}"
+
+
+def _seconds(seconds: float) -> str:
+    if seconds >= 600:
+        return f"{seconds / 60:.0f} min"
+    if seconds < 0.1:
+        return f"{seconds * 1000:.2g} ms"
+    return f"{seconds:.2g} s" if seconds < 100 else f"{seconds:.0f} s"
 
 
 def _blocks(plan: Plan, title: str) -> Table:

@@ -304,6 +304,10 @@ class Plan:
     predicted: tuple[PhaseTime, ...] = ()
     """What one request of the workload takes, phase by phase."""
 
+    workload: Workload = field(default_factory=Workload)
+    """The request that was planned for."""
+    measured: bool = False
+    """Whether the prediction divides by what this machine was measured to do; else by round figures."""
     bound: float = 0.0
     """Seconds that no other placement on this hardware could beat; 0 where that was not worked out."""
 

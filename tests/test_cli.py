@@ -34,6 +34,12 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache" / "casts"
 
 
+@pytest.fixture(autouse=True)
+def workload(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A request as small as the models here."""
+    monkeypatch.setenv("HF_BIGLOAD_WORKLOAD", "context=4,new=2")
+
+
 def entry(path: Path, dtype: str = "bfloat16") -> tuple[str, SpillCache]:
     """The name of a new entry for a new checkpoint, and a load that uses it."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -167,7 +173,7 @@ def test_a_plan_shows_bars_blocks_and_the_next_step(model: str) -> None:
     (bar,) = (line for line in result.stdout.splitlines() if line.startswith("cuda:0"))
     assert "█" in bar and "▓" in bar and "300.00 KiB" in bar
     assert "hf_bigload plan for" in result.stdout and "Each pass through the model streams" in result.stdout
-    assert re.search(r"KiB more on cuda:0, and nothing streams\.$", result.stdout.strip())
+    assert re.search(r"KiB more on cuda:0, and nothing streams: \d+\.\d times as fast\.$", result.stdout.strip())
 
 
 def test_where_nothing_fits_it_says_what_would_and_exits_with_1(model: str) -> None:
