@@ -151,12 +151,17 @@ def counts(text: str) -> list[int]:
     return [int(item) for item in text.split(",")]
 
 
-def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description="Load a checkpoint, run forwards, print the figures as JSON.")
+def add_load_options(parser: argparse.ArgumentParser) -> None:
+    """The options that `load` goes by."""
     parser.add_argument("--engine", choices=ENGINES, required=True)
     parser.add_argument("--checkpoint", type=Path, required=True)
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], help="default: the checkpoint's")
     parser.add_argument("--max-memory", type=parse_max_memory, help="cpu=8GB or cpu=8GB,0=10GB; default: all there is")
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description="Load a checkpoint, run forwards, print the figures as JSON.")
+    add_load_options(parser)
     parser.add_argument("--tokens", type=counts, default=[16], help="input tokens of a forward; 1,64 for both")
     parser.add_argument("--warm-up", type=int, default=0, help="forwards that are reported apart")
     parser.add_argument("--forwards", type=int, default=2, help="for each number of tokens")

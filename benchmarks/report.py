@@ -34,6 +34,19 @@ class Target:
 
 
 @dataclass(frozen=True)
+class Within:
+    """A ratio that has to be near 1: no farther than this share."""
+
+    share: float
+
+    def met_by(self, ratio: float) -> bool:
+        return abs(ratio - 1) <= self.share
+
+    def __str__(self) -> str:
+        return f"1 ± {self.share:g}"
+
+
+@dataclass(frozen=True)
 class Row:
     """One case's figures. `verdict` says why a row has no ratio, or why it does not count; None: the target decides."""
 
@@ -41,7 +54,7 @@ class Row:
     ours: str = ""
     beside: str = ""
     ratio: float | None = None
-    target: Target | None = None
+    target: Target | Within | None = None
     note: str = ""
     verdict: str | None = None
 

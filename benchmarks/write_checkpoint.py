@@ -113,14 +113,24 @@ def _llama(
     return Architecture(config, {"bos_token_id": 1, "eos_token_id": 2}, dtype, shards)
 
 
+def _mixtral(hidden: int, intermediate: int, heads: int, *, layers: int, vocab: int, shards: int) -> Architecture:
+    """Eight experts in every layer, of which each token meets two."""
+    llama = _llama(hidden, intermediate, heads, kv_heads=4, layers=layers, vocab=vocab, shards=shards)
+    config = {**llama.config, "architectures": ["MixtralForCausalLM"], "model_type": "mixtral"}
+    experts = {"num_local_experts": 8, "num_experts_per_tok": 2}
+    return Architecture(config | experts, llama.generation_config, torch.bfloat16, shards)
+
+
 ARCHITECTURES: dict[str, Architecture] = {
     "t0_3b": _t5_v1_1(2048, 5120, 32, shards=2),
     "t0pp": _t5_v1_1(4096, 10240, 64, shards=5),
     "llama_1b": _llama(2048, 5632, 32, kv_heads=4, layers=22, vocab=32000, shards=1),
     "llama_8b": _llama(4096, 14336, 32, kv_heads=8, layers=32, vocab=128256, shards=4, dtype=torch.bfloat16),
+    "mixtral_1b": _mixtral(1024, 3584, 16, layers=16, vocab=32000, shards=2),
     "t0_3b_tiny": _t5_v1_1(64, 160, 4, d_kv=16, layers=2, vocab=128, shards=2),
     "t0pp_tiny": _t5_v1_1(128, 320, 8, d_kv=16, layers=3, vocab=128, shards=5),
     "llama_1b_tiny": _llama(64, 176, 8, kv_heads=2, layers=3, vocab=128, shards=1),
+    "mixtral_1b_tiny": _mixtral(64, 224, 8, layers=3, vocab=128, shards=2),
     "llama_8b_tiny": _llama(64, 224, 8, kv_heads=2, layers=8, vocab=128, shards=4, dtype=torch.bfloat16),
 }
 

@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
+import os
 import random
+import subprocess
+import sys
 
 import pytest
 
 from hf_bigload.errors import BudgetError
-from hf_bigload.planner import compress, follow_map, make_plan
-from hf_bigload.specs import CPU, DISK, BlockSpec, Hardware, ModelSpec, Plan, Speeds, TensorSpec, roofline
+from hf_bigload.planner import STRATEGIES, compress, follow_map, make_plan, make_plan_with_room
+from hf_bigload.specs import (
+    CPU,
+    DISK,
+    BlockSpec,
+    Hardware,
+    ModelSpec,
+    Needs,
+    Plan,
+    Speeds,
+    TensorSpec,
+    Workload,
+    roofline,
+)
 
 
 def tensor(name: str, nbytes: int, is_buffer: bool = False) -> TensorSpec:
@@ -248,3 +263,138 @@ def test_a_plan_says_what_a_request_takes() -> None:
     resident, streamed = (make_plan(spec(*LAYERS), Hardware({}, ram)) for ram in (600, 300))
     assert [phase.name for phase in resident.predicted] == ["prefill", "decode"]
     assert 0 < resident.seconds < streamed.seconds
+
+
+# ---------------------------------------------------------------- room for a request
+
+
+def test_room_is_kept_for_activations_and_caches() -> None:
+    needs = Needs(Workload(), activations=50, cache={layer.name: 10 for layer in LAYERS})
+    plan = make_plan(spec(*LAYERS), Hardware({"cuda:0": 710}, 10_000), needs=needs)
+    assert plan.cache == {"cuda:0": 60} and plan.activations == {"cuda:0": 50} and not plan.ring
+    assert plan.used == {"cuda:0": 600 + 60 + 50}
+    smaller = make_plan(spec(*LAYERS), Hardware({"cuda:0": 709}, 10_000), needs=needs)
+    assert smaller.streams and smaller.used["cuda:0"] <= 709
+
+
+def test_each_of_several_accelerators_keeps_what_its_own_blocks_remember() -> None:
+    needs = Needs(Workload(), activations=5, cache={layer.name: 10 for layer in LAYERS})
+    plan = make_plan(spec(*LAYERS), Hardware({"cuda:0": 400, "cuda:1": 400}, 0), needs=needs)
+    assert plan.cache == {"cuda:0": 30, "cuda:1": 30} and plan.activations == {"cuda:0": 5, "cuda:1": 5}
+
+
+def test_a_cache_of_a_block_that_was_cut_counts_once() -> None:
+    needs = Needs(Workload(), cache={"layers.0": 7})
+    plan = make_plan(spec(LAYERS[0]), Hardware({"cuda:0": 80}, 10_000), needs=needs)
+    assert {p.block.part_of for p in plan.placements} == {"layers.0"} and plan.cache == {"cuda:0": 7}
+
+
+def test_an_accelerator_that_cannot_hold_what_stays_on_it_is_left_out() -> None:
+    needs = Needs(Workload(), activations=50)
+    plan = make_plan(spec(*LAYERS), Hardware({"cuda:0": 40}, 10_000), needs=needs)
+    assert plan.main_device == CPU and "cuda:0" not in plan.used
+
+
+class TestARequestThatNobodyNamed:
+    needs = Needs(Workload(), activations=500)
+
+    def test_gets_no_room_where_that_would_cost_the_accelerator(self, caplog: pytest.LogCaptureFixture) -> None:
+        plan = make_plan_with_room(spec(*LAYERS), Hardware({"cuda:0": 400}, 10_000), self.needs, firm=False)
+        assert plan.main_device == "cuda:0" and not plan.activations
+        assert "No room is kept" in caplog.text and "500 B" in caplog.text
+
+    def test_gets_no_room_where_nothing_would_fit(self) -> None:
+        plan = make_plan_with_room(spec(*LAYERS), Hardware({}, 400), self.needs, firm=False)
+        assert plan.streams and not plan.activations
+
+    def test_is_refused_where_it_was_named(self) -> None:
+        with pytest.raises(BudgetError, match="beside 500 B for what a request computes with"):
+            make_plan_with_room(spec(*LAYERS), Hardware({}, 400), self.needs, firm=True)
+
+
+# ---------------------------------------------------------------- any model on any machine
+
+
+def random_block(rng: random.Random, name: str) -> BlockSpec:
+    calls = 1 if rng.random() < 0.3 else None
+    if rng.random() < 0.4:
+        return block(name, rng.randint(5, 150), gathers=rng.random() < 0.4, calls=calls)
+    leaves = tuple(
+        BlockSpec(
+            f"{name}.{i}",
+            (
+                tensor(f"{name}.{i}.weight", rng.randint(5, 60)),
+                *[tensor(f"{name}.{i}.buffer", 4, True)] * (rng.random() < 0.3),
+            ),
+            whole=False,
+            part_of=name,
+            calls=calls,
+        )
+        for i in range(rng.randint(1, 4))
+    )
+    return BlockSpec(name, tuple(t for leaf in leaves for t in leaf.tensors), whole=True, parts=leaves, calls=calls)
+
+
+def random_case(rng: random.Random) -> tuple[ModelSpec, Hardware, Needs]:
+    blocks = [random_block(rng, f"b{i}") for i in range(rng.randint(2, 9))]
+    if rng.random() < 0.4:
+        blocks.append(BlockSpec("head", (), whole=False, borrows=(blocks[0].tensors[0].name,)))
+    model = spec(*blocks)
+    total = model.nbytes
+    arithmetic = roofline(10 ** rng.uniform(8, 12), 10 ** rng.uniform(9, 12))
+    devices = {f"cuda:{i}": rng.randint(1, total) for i in range(rng.choice([0, 1, 1, 2, 3]))}
+    ram = rng.choice([0, rng.randint(1, total)])
+    hardware = Hardware(devices, ram, rng.choice([0, total]), Speeds(cpu=arithmetic, device=arithmetic))
+    workload = Workload(1, rng.choice([1, 64]), rng.choice([1, 9]))
+    cache = {b.name: rng.randint(0, 10) for b in blocks if b.tensors and rng.random() < 0.5}
+    return model, hardware, Needs(workload, rng.choice([0, rng.randint(0, 40)]), cache)
+
+
+def check_random_plans(seed: int, cases: int) -> None:
+    rng, planned = random.Random(seed), 0
+    for _ in range(cases):
+        model, hardware, needs = random_case(rng)
+        strategy, buffers = rng.choice(STRATEGIES), rng.random() < 0.3
+        try:
+            plan = make_plan(model, hardware, strategy, buffers, needs=needs)
+        except BudgetError:
+            continue
+        planned += 1
+        assert_within_budget(plan)
+        placed = sorted(t.name for p in plan.placements for t in p.block.tensors)
+        assert placed == sorted(t.name for b in model.blocks for t in b.tensors)
+        assert plan.bound <= plan.seconds * (1 + 1e-9)
+        assert plan == make_plan(model, hardware, strategy, buffers, needs=needs)
+    assert planned > cases // 2
+
+
+def test_no_plan_exceeds_a_budget_and_every_tensor_is_placed_once() -> None:
+    check_random_plans(1, 300)
+
+
+@pytest.mark.slow
+def test_no_plan_of_thousands_exceeds_a_budget() -> None:
+    check_random_plans(2, 5000)
+
+
+IN_A_PROCESS = """
+import random
+from tests.test_planner import BudgetError, make_plan, random_case
+rng = random.Random(5)
+for _ in range(5):
+    model, hardware, needs = random_case(rng)
+    try:
+        print(make_plan(model, hardware, needs=needs))
+    except BudgetError as error:
+        print(error)
+"""
+
+
+def test_another_process_makes_the_same_plan() -> None:
+    def plans(seed: str) -> bytes:
+        environment = {**os.environ, "PYTHONHASHSEED": seed}
+        return subprocess.run(
+            [sys.executable, "-c", IN_A_PROCESS], env=environment, capture_output=True, check=True
+        ).stdout
+
+    assert plans("1") == plans("2") != b""
