@@ -21,6 +21,7 @@ from .checkpoint.reader import Reader, layout
 from .device_map import missing_from, normalize_devices, resolve
 from .dispatch.attach import attach, attachment_of, detach, resident_plan
 from .dispatch.executor import Executor, Machine, Stats
+from .dispatch.recording import record
 from .errors import DeviceMapError
 from .estimate import bound
 from .hardware import torch_device
