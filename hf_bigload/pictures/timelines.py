@@ -1,0 +1,171 @@
+"""The picture of a run: what the disk, each bus and each device did when, and where one waited for weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ..errors import human_bytes
+from ..report import human_seconds, lane_name
+from ..timeline import COMPUTE, COPY, LANES, READ, STALL, LaneUse, Span, Timeline, busy_seconds
+from .scene import (
+    BLUE,
+    MARGIN,
+    ORANGE,
+    PALE,
+    PURPLE,
+    RED,
+    RULE,
+    TRACK,
+    WIDTH,
+    Box,
+    Scene,
+    Word,
+    clipped,
+    lighter,
+    on_colour,
+    ticks,
+)
+
+COLOURS = {READ: ORANGE, COPY: PURPLE, COMPUTE: BLUE, STALL: RED}
+_X, _END = MARGIN + 118, WIDTH - MARGIN - 104
+_ROW, _GAP = 40, 12
+_MOST_TRACKS = 4
+_SMALLEST = 0.6
+"""Pixels: what is there is seen."""
+_NAMED_STALLS = 3
+
+
+def draw(timeline: Timeline) -> Scene:
+    """Lanes from the top: disk, buses, devices. What a device waited for is in its own lane, between its blocks."""
+    scene = Scene(f"Timeline of {timeline.model}")
+    scene.heading(timeline.model, _summary(timeline))
+    uses = timeline.uses()
+    rows = [use for use in uses if use.lane != STALL]
+    stalled = {use.device for use in uses if use.lane == STALL}
+    rows += [LaneUse(COMPUTE, device, 0.0, 0, 0) for device in sorted(stalled - _computing(uses))]
+    top = scene.y
+    for use in sorted(rows, key=lambda use: (LANES.index(use.lane), use.device)):
+        _draw_lane(scene, timeline, use)
+    _draw_scale(scene, timeline.seconds, top)
+    scene.legend(_legend(timeline))
+    return scene
+
+
+def _summary(timeline: Timeline) -> str:
+    waited = busy_seconds(timeline.of(STALL))
+    share = f" ({waited / timeline.seconds:.0%})" if timeline.seconds else ""
+    stalls = f"{human_seconds(waited)}{share} of it waiting for weights" if waited else "nothing waited for weights"
+    read = sum(span.nbytes for span in timeline.of(READ))
+    moved = f"; {human_bytes(read)} read from disk" if read else ""
+    return f"{human_seconds(timeline.seconds)}, {stalls}{moved}"
+
+
+def _computing(uses: Sequence[LaneUse]) -> set[str]:
+    return {use.device for use in uses if use.lane == COMPUTE}
+
+
+# ---------------------------------------------------------------- lanes
+
+
+def _draw_lane(scene: Scene, timeline: Timeline, use: LaneUse) -> None:
+    scale = (_END - _X) / max(timeline.seconds, 1e-12)
+    scene.boxes.append(Box(_X, scene.y, _END - _X, _ROW, TRACK))
+    scene.words.append(Word(_X - 10, scene.y + 24, clipped(lane_name(use.lane, use.device), 118, 12), 12, anchor="end"))
+    here = [s for s in (*timeline.spans, *timeline.ahead) if (s.lane, s.device) == (use.lane, use.device)]
+    here.sort(key=lambda span: span.begin)
+    late = set(map(id, timeline.ahead))
+    blocks = {block: number for number, block in enumerate(dict.fromkeys(span.block for span in here))}
+    tracks = _tracks(here)
+    height = _ROW / max(1, max(tracks, default=0) + 1)
+    for span, track in zip(here, tracks, strict=True):
+        shade = 0.7 if id(span) in late else 0.28 * (blocks[span.block] % 2)
+        colour = lighter(COLOURS[span.lane], shade)
+        _draw_span(scene, span, scale, scene.y + track * height, height, colour, id(span) in late)
+    if use.lane == COMPUTE:
+        _draw_stalls(scene, timeline, use.device, scale)
+    _say_use(scene, use, timeline.seconds)
+    scene.y += _ROW + _GAP
+
+
+def _draw_span(
+    scene: Scene, span: Span, scale: float, y: float, height: float, colour: str, late: bool = False
+) -> None:
+    x, width = _X + span.begin * scale, max(_SMALLEST, span.seconds * scale)
+    width = min(width, _END - x)
+    if width <= 0:
+        return
+    said = f"{span.block or '(root)'}: {span.lane} {human_seconds(span.seconds)} from {human_seconds(span.begin)}"
+    said += f", {human_bytes(span.nbytes)}" if span.nbytes else ""
+    said += ", for later" if late else ""
+    scene.boxes.append(Box(x, y, width, height, colour, said, hatched=span.lane == STALL, edge=width > 4))
+    name = clipped(_short(span.block), width - 6, 10)
+    if len(name) > 3 and height >= 12 and span.lane != STALL:
+        scene.words.append(Word(x + width / 2, y + height / 2 + 3.5, name, 10, on_colour(colour), "middle"))
+
+
+def _draw_stalls(scene: Scene, timeline: Timeline, device: str, scale: float) -> None:
+    stalls = [span for span in timeline.of(STALL) if span.device == device]
+    for span in stalls:
+        _draw_span(scene, span, scale, scene.y, _ROW, COLOURS[STALL])
+    longest = sorted(stalls, key=lambda span: -span.seconds)[:_NAMED_STALLS]
+    reached = float(_X)
+    for span in sorted(longest, key=lambda span: span.begin):
+        text = f"waits for {_short(span.block)}, {human_seconds(span.seconds)}"
+        x = max(reached, min(_X + span.begin * scale, _END - 6.2 * len(text)))
+        if x + 6.2 * len(text) <= WIDTH - MARGIN and span.seconds * scale > 2:
+            scene.words.append(Word(x, scene.y + _ROW + 11, text, 10, COLOURS[STALL]))
+            reached = x + 6.2 * len(text) + 8
+    if reached > _X:
+        scene.y += 8
+
+
+def _tracks(spans: Sequence[Span]) -> list[int]:
+    """A track for each span, so that those at the same time lie below each other, as far as there are tracks."""
+    ends: list[float] = []
+    tracks = []
+    for span in spans:
+        free = [track for track, end in enumerate(ends) if end <= span.begin + 1e-9]
+        track = free[0] if free else min(len(ends), _MOST_TRACKS - 1)
+        ends[track : track + 1] = [span.end]
+        tracks.append(track)
+    return tracks
+
+
+def _say_use(scene: Scene, use: LaneUse, seconds: float) -> None:
+    busy = f"{use.busy / seconds:.0%} busy" if seconds else ""
+    scene.words.append(Word(_END + 10, scene.y + 18, busy, 11.5))
+    if use.nbytes:
+        scene.words.append(Word(_END + 10, scene.y + 33, f"{use.rate / 1e9:.2f} GB/s", 11, PALE))
+
+
+def _short(block: str) -> str:
+    """A block's name without what comes before its list."""
+    return ".".join(block.split(".")[-2:]) or "(root)"
+
+
+# ---------------------------------------------------------------- around them
+
+
+def _draw_scale(scene: Scene, seconds: float, top: float) -> None:
+    scale = (_END - _X) / max(seconds, 1e-12)
+    bottom = scene.y - _GAP + 4
+    for moment in ticks(seconds):
+        x = _X + moment * scale
+        scene.boxes.insert(0, Box(x, top - 4, 0.8, bottom - top + 8, RULE))
+        label = human_seconds(moment) if moment else "0"
+        scene.words.append(Word(x, bottom + 17, label, 10.5, PALE, "middle"))
+    scene.y = bottom + 32
+
+
+def _legend(timeline: Timeline) -> list[tuple[str, str, bool]]:
+    says = {
+        READ: "read from disk",
+        COPY: "copied between RAM and device",
+        COMPUTE: "a block's forward",
+        STALL: "waiting for weights",
+    }
+    there = {span.lane for span in (*timeline.spans, *timeline.ahead)}
+    legend = [(says[lane], COLOURS[lane], lane == STALL) for lane in LANES if lane in there]
+    if timeline.ahead:
+        legend.append(("pale: for later", lighter(COLOURS[timeline.ahead[0].lane], 0.7), False))
+    return legend
