@@ -40,8 +40,7 @@ DTYPE_BYTES: Mapping[str, int] = {
 
 
 class Pictured:
-    """What a person can look at. The one door from values up to `pictures`, which is imported when it is gone through.
-    """
+    """What a person can look at: the one door from values up to `pictures`, imported when somebody goes through it."""
 
     def explain(self) -> str:
         """It as text for a terminal."""

@@ -40,9 +40,7 @@ class Journey:
     used: bool = False
     """Whether a block was entered that used what came."""
 
-    def read(
-        self, extents: Sequence[Extent], buffer: memoryview, before: Callable[[], object] | None
-    ) -> Future[int]:
+    def read(self, extents: Sequence[Extent], buffer: memoryview, before: Callable[[], object] | None) -> Future[int]:
         """As `Reader.read`, noted from the moment at which a thread asks for the first byte."""
         asked: list[float] = []
 

@@ -22,8 +22,8 @@ def figure(scene: Scene) -> Any:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise MissingExtraError(
-            "plot() draws with matplotlib, which is not installed: pip install 'hf_bigload[plot]'. A notebook shows the "
-            "same picture without it."
+            "plot() draws with matplotlib, which is not installed: pip install 'hf_bigload[plot]'. A notebook shows "
+            "the same picture without it."
         ) from error
     drawn = Figure(figsize=(WIDTH / _DPI, scene.height / _DPI), dpi=2 * _DPI, facecolor="white")
     axes = drawn.add_axes((0, 0, 1, 1))
@@ -49,7 +49,7 @@ def _draw_boxes(axes: Any, boxes: list[Box]) -> None:
         kinds[-1][1].append(box)
     for (hatched, edge), alike in kinds:
         patches = [Rectangle((box.x, box.y), box.width, box.height) for box in alike]
-        look = {"edgecolor": "white", "linewidth": 0.6 * edge, "hatch": "/////" if hatched else None}
+        look: dict[str, Any] = {"edgecolor": "white", "linewidth": 0.6 * edge, "hatch": "/////" if hatched else None}
         axes.add_collection(PatchCollection(patches, facecolor=[box.colour for box in alike], **look))
 
 

@@ -136,10 +136,11 @@ def _draw_strip(scene: Scene, plan: Plan, colours: dict[str, str]) -> None:
         box = Box(cell.x, scene.y, cell.width, _STRIP_HEIGHT, colour, said + runs_on(placement), edge=edge)
         scene.boxes.append(box)
     for x, width, home in _runs(cells, lambda cell: cell.placement.home):
-        text = clipped(rests_in(home), width - 6, 12)
-        if text == rests_in(home):
-            ink = on_colour(colours.get(home, PALE))
-            scene.words.append(Word(x + width / 2, scene.y + _STRIP_HEIGHT / 2 + 4, text, 12, ink, "middle"))
+        text, room = rests_in(home), text_width(rests_in(home), 12) + 8
+        if room <= width:
+            middle, y, colour = x + width / 2, scene.y + _STRIP_HEIGHT / 2, colours.get(home, PALE)
+            scene.boxes.append(Box(middle - room / 2, y - 9, room, 18, colour))  # no lines behind words
+            scene.words.append(Word(middle, y + 4, text, 12, on_colour(colour), "middle"))
     scene.y += _STRIP_HEIGHT + 4
     _draw_where_computed(scene, cells, colours)
     scene.y += 10
@@ -158,7 +159,7 @@ def _draw_where_computed(scene: Scene, cells: Sequence[_Cell], colours: dict[str
     """A second, thin strip: only where blocks run on several devices."""
     devices = {_computed_on(cell) for cell in cells}
     if len(devices) < 2:
-        scene.words.append(Word(MARGIN, scene.y + 14, f"all run on {rests_in(*devices)}" if devices else "", 11, PALE))
+        scene.words.append(Word(MARGIN, scene.y + 14, f"all run on {', '.join(devices)}", 11, PALE))
         scene.y += 18
         return
     for x, width, device in _runs(cells, _computed_on):

@@ -16,7 +16,7 @@ def html(scene: Scene) -> str:
     """A `div` that holds the drawing."""
     hatch = f"hf-bigload-hatch-{next(_numbers)}"  # ids are the whole notebook's
     body = "".join([*(_box(box, hatch) for box in scene.boxes), *map(_word, scene.words)])
-    size = {"viewBox": f"0 0 {WIDTH} {scene.height:.0f}", "width": WIDTH}
+    size: dict[str, Any] = {"viewBox": f"0 0 {WIDTH} {scene.height:.0f}", "width": WIDTH}
     svg = _element(
         "svg",
         _hatch(hatch) + body,
@@ -30,7 +30,7 @@ def html(scene: Scene) -> str:
     return _element("div", svg)
 
 
-def _element(tag: str, content: str = "", **attributes: Any) -> str:
+def _element(tag: str, content: str = "", /, **attributes: Any) -> str:
     """`content` is markup; attributes are escaped here, and an underscore in their names is a hyphen."""
     named = "".join(f' {name.replace("_", "-")}="{escape(_plain(value))}"' for name, value in attributes.items())
     return f"<{tag}{named}>{content}</{tag}>"
@@ -47,8 +47,13 @@ def _hatch(name: str) -> str:
 
 
 def _box(box: Box, hatch: str) -> str:
-    place = {"x": float(box.x), "y": float(box.y), "width": float(box.width), "height": float(box.height)}
-    edge = {"stroke": "#ffffff", "stroke_width": 0.8} if box.edge else {}
+    place: dict[str, Any] = {
+        "x": float(box.x),
+        "y": float(box.y),
+        "width": float(box.width),
+        "height": float(box.height),
+    }
+    edge: dict[str, Any] = {"stroke": "#ffffff", "stroke_width": 0.8} if box.edge else {}
     drawn = _element("rect", fill=box.colour, **place, **edge)
     if box.hatched:
         drawn += _element("rect", fill=f"url(#{hatch})", **place)
@@ -56,6 +61,6 @@ def _box(box: Box, hatch: str) -> str:
 
 
 def _word(word: Word) -> str:
-    look = {"x": float(word.x), "y": float(word.y), "font_size": float(word.size), "fill": word.colour}
-    weight = {"font_weight": 600} if word.bold else {}
+    look: dict[str, Any] = {"x": float(word.x), "y": float(word.y), "font_size": float(word.size), "fill": word.colour}
+    weight: dict[str, Any] = {"font_weight": 600} if word.bold else {}
     return _element("text", escape(word.text), text_anchor=word.anchor, **look, **weight)

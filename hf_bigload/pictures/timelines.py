@@ -23,6 +23,7 @@ from .scene import (
     clipped,
     lighter,
     on_colour,
+    text_width,
     ticks,
 )
 
@@ -33,6 +34,8 @@ _MOST_TRACKS = 4
 _SMALLEST = 0.6
 """Pixels: what is there is seen."""
 _NAMED_STALLS = 3
+_FOR_LATER = 0.7
+"""How pale that is which came for later."""
 
 
 def draw(timeline: Timeline) -> Scene:
@@ -53,8 +56,8 @@ def draw(timeline: Timeline) -> Scene:
 
 def _summary(timeline: Timeline) -> str:
     waited = busy_seconds(timeline.of(STALL))
-    share = f" ({waited / timeline.seconds:.0%})" if timeline.seconds else ""
-    stalls = f"{human_seconds(waited)}{share} of it waiting for weights" if waited else "nothing waited for weights"
+    share = f"{waited / timeline.seconds:.0%} of it " if timeline.seconds else ""
+    stalls = f"{share}waiting for weights ({human_seconds(waited)})" if waited else "nothing waited for weights"
     read = sum(span.nbytes for span in timeline.of(READ))
     moved = f"; {human_bytes(read)} read from disk" if read else ""
     return f"{human_seconds(timeline.seconds)}, {stalls}{moved}"
@@ -77,13 +80,17 @@ def _draw_lane(scene: Scene, timeline: Timeline, use: LaneUse) -> None:
     blocks = {block: number for number, block in enumerate(dict.fromkeys(span.block for span in here))}
     tracks = _tracks(here)
     height = _ROW / max(1, max(tracks, default=0) + 1)
+    drawn_to = [0.0] * (max(tracks, default=0) + 1)
     for span, track in zip(here, tracks, strict=True):
-        shade = 0.7 if id(span) in late else 0.28 * (blocks[span.block] % 2)
+        if span.end * scale < drawn_to[track]:
+            continue  # nobody would see it
+        shade = _FOR_LATER if id(span) in late else 0.28 * (blocks[span.block] % 2)
         colour = lighter(COLOURS[span.lane], shade)
         _draw_span(scene, span, scale, scene.y + track * height, height, colour, id(span) in late)
+        drawn_to[track] = max(span.end * scale, span.begin * scale + _SMALLEST)
+    _say_use(scene, use, timeline.seconds)
     if use.lane == COMPUTE:
         _draw_stalls(scene, timeline, use.device, scale)
-    _say_use(scene, use, timeline.seconds)
     scene.y += _ROW + _GAP
 
 
@@ -98,8 +105,8 @@ def _draw_span(
     said += f", {human_bytes(span.nbytes)}" if span.nbytes else ""
     said += ", for later" if late else ""
     scene.boxes.append(Box(x, y, width, height, colour, said, hatched=span.lane == STALL, edge=width > 4))
-    name = clipped(_short(span.block), width - 6, 10)
-    if len(name) > 3 and height >= 12 and span.lane != STALL:
+    name = _name_within(span.block, width - 4)
+    if name and height >= 12 and span.lane != STALL:
         scene.words.append(Word(x + width / 2, y + height / 2 + 3.5, name, 10, on_colour(colour), "middle"))
 
 
@@ -107,16 +114,16 @@ def _draw_stalls(scene: Scene, timeline: Timeline, device: str, scale: float) ->
     stalls = [span for span in timeline.of(STALL) if span.device == device]
     for span in stalls:
         _draw_span(scene, span, scale, scene.y, _ROW, COLOURS[STALL])
-    longest = sorted(stalls, key=lambda span: -span.seconds)[:_NAMED_STALLS]
-    reached = float(_X)
-    for span in sorted(longest, key=lambda span: span.begin):
-        text = f"waits for {_short(span.block)}, {human_seconds(span.seconds)}"
-        x = max(reached, min(_X + span.begin * scale, _END - 6.2 * len(text)))
-        if x + 6.2 * len(text) <= WIDTH - MARGIN and span.seconds * scale > 2:
-            scene.words.append(Word(x, scene.y + _ROW + 11, text, 10, COLOURS[STALL]))
-            reached = x + 6.2 * len(text) + 8
-    if reached > _X:
-        scene.y += 8
+    taken: list[tuple[float, float]] = []
+    for span in sorted(stalls, key=lambda span: -span.seconds)[:_NAMED_STALLS]:
+        text = f"waits {human_seconds(span.seconds)} for {_ending(span.block, 2)}"
+        width = text_width(text, 10)
+        x = min(_X + span.begin * scale, WIDTH - MARGIN - width)
+        if span.seconds * scale > 2 and all(x > end + 8 or x + width + 8 < begin for begin, end in taken):
+            scene.words.append(Word(x, scene.y + _ROW + 12, text, 10, COLOURS[STALL]))
+            taken.append((x, x + width))
+    if taken:
+        scene.y += 10
 
 
 def _tracks(spans: Sequence[Span]) -> list[int]:
@@ -138,9 +145,14 @@ def _say_use(scene: Scene, use: LaneUse, seconds: float) -> None:
         scene.words.append(Word(_END + 10, scene.y + 33, f"{use.rate / 1e9:.2f} GB/s", 11, PALE))
 
 
-def _short(block: str) -> str:
-    """A block's name without what comes before its list."""
-    return ".".join(block.split(".")[-2:]) or "(root)"
+def _ending(block: str, parts: int) -> str:
+    return ".".join(block.split(".")[-parts:]) or "(root)"
+
+
+def _name_within(block: str, width: float) -> str:
+    """As much of the end of a block's name as has room; nothing where that is nothing."""
+    endings = (_ending(block, parts) for parts in (9, 3, 2, 1))
+    return next((ending for ending in endings if text_width(ending, 10) <= width), "")
 
 
 # ---------------------------------------------------------------- around them
@@ -152,7 +164,7 @@ def _draw_scale(scene: Scene, seconds: float, top: float) -> None:
     for moment in ticks(seconds):
         x = _X + moment * scale
         scene.boxes.insert(0, Box(x, top - 4, 0.8, bottom - top + 8, RULE))
-        label = human_seconds(moment) if moment else "0"
+        label = human_seconds(moment).replace(".00 ", " ").replace(".0 ", " ") if moment else "0"
         scene.words.append(Word(x, bottom + 17, label, 10.5, PALE, "middle"))
     scene.y = bottom + 32
 
@@ -167,5 +179,5 @@ def _legend(timeline: Timeline) -> list[tuple[str, str, bool]]:
     there = {span.lane for span in (*timeline.spans, *timeline.ahead)}
     legend = [(says[lane], COLOURS[lane], lane == STALL) for lane in LANES if lane in there]
     if timeline.ahead:
-        legend.append(("pale: for later", lighter(COLOURS[timeline.ahead[0].lane], 0.7), False))
+        legend.append(("pale: for later", lighter(COLOURS[timeline.ahead[0].lane], _FOR_LATER), False))
     return legend
