@@ -47,12 +47,7 @@ def _hatch(name: str) -> str:
 
 
 def _box(box: Box, hatch: str) -> str:
-    place: dict[str, Any] = {
-        "x": float(box.x),
-        "y": float(box.y),
-        "width": float(box.width),
-        "height": float(box.height),
-    }
+    place: dict[str, Any] = {name: float(getattr(box, name)) for name in ("x", "y", "width", "height")}
     edge: dict[str, Any] = {"stroke": "#ffffff", "stroke_width": 0.8} if box.edge else {}
     drawn = _element("rect", fill=box.colour, **place, **edge)
     if box.hatched:

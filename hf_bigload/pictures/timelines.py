@@ -105,8 +105,8 @@ def _draw_span(
     said += f", {human_bytes(span.nbytes)}" if span.nbytes else ""
     said += ", for later" if late else ""
     scene.boxes.append(Box(x, y, width, height, colour, said, hatched=span.lane == STALL, edge=width > 4))
-    name = _name_within(span.block, width - 4)
-    if name and height >= 12 and span.lane != STALL:
+    name = _ending(span.block, 1)
+    if text_width(name, 10) <= width - 4 and height >= 12 and span.lane != STALL:
         scene.words.append(Word(x + width / 2, y + height / 2 + 3.5, name, 10, on_colour(colour), "middle"))
 
 
@@ -146,13 +146,8 @@ def _say_use(scene: Scene, use: LaneUse, seconds: float) -> None:
 
 
 def _ending(block: str, parts: int) -> str:
+    """The last parts of a block's name."""
     return ".".join(block.split(".")[-parts:]) or "(root)"
-
-
-def _name_within(block: str, width: float) -> str:
-    """As much of the end of a block's name as has room; nothing where that is nothing."""
-    endings = (_ending(block, parts) for parts in (9, 3, 2, 1))
-    return next((ending for ending in endings if text_width(ending, 10) <= width), "")
 
 
 # ---------------------------------------------------------------- around them
