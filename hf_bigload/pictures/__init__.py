@@ -38,5 +38,6 @@ def as_figure(pictured: Any, title: str = "") -> Any:
 def _scene(pictured: Any, title: str) -> Scene:
     if isinstance(pictured, Timeline):
         return timelines.draw(pictured)
-    assert isinstance(pictured, Plan)
-    return plans.draw(pictured, title)
+    if isinstance(pictured, Plan):
+        return plans.draw(pictured, title)
+    raise TypeError(f"There is no picture of a {type(pictured).__name__}: only of a Plan or a Timeline.")

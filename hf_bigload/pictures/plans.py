@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -16,7 +15,6 @@ from .scene import (
     MARGIN,
     PALE,
     PURPLE,
-    RULE,
     SKY,
     TRACK,
     WIDTH,
@@ -25,6 +23,7 @@ from .scene import (
     Scene,
     Word,
     clipped,
+    family,
     home_colours,
     lighter,
     on_colour,
@@ -125,8 +124,8 @@ def _cells(plan: Plan) -> list[_Cell]:
 def _draw_strip(scene: Scene, plan: Plan, colours: dict[str, str]) -> None:
     cells = _cells(plan)
     scene.section("blocks in the order in which they run, as wide as their bytes")
-    for x, width, family in _runs(cells, _family):
-        _draw_bracket(scene, x, width, family)
+    for x, width, name in _runs(cells, lambda cell: family(cell.placement.block.name)):
+        scene.bracket(x, width, name)
     scene.y += 22
     edge = len(cells) <= _EDGES_UP_TO
     for cell in cells:
@@ -145,14 +144,6 @@ def _draw_strip(scene: Scene, plan: Plan, colours: dict[str, str]) -> None:
     _draw_where_computed(scene, cells, colours)
     scene.y += 10
     scene.legend([(text, colours.get(home, PALE), False) for home, text in _homes(cells)])
-
-
-def _draw_bracket(scene: Scene, x: float, width: float, family: str) -> None:
-    text = clipped(family, width - 6, 11)
-    if text:
-        scene.words.append(Word(x + width / 2, scene.y + 8, text, 11, INK, "middle"))
-    if width > 3:
-        scene.boxes.append(Box(x + 1, scene.y + 14, width - 2, 1.4, PALE if text else RULE, family))
 
 
 def _draw_where_computed(scene: Scene, cells: Sequence[_Cell], colours: dict[str, str]) -> None:
@@ -183,11 +174,6 @@ def _runs(cells: Sequence[_Cell], key: Callable[[_Cell], str]) -> Iterator[tuple
     for value, group in groupby(cells, key=key):
         members = list(group)
         yield members[0].x, members[-1].x + members[-1].width - members[0].x, value
-
-
-def _family(cell: _Cell) -> str:
-    """What the names of repeated blocks have in common: `decoder.layers.*`."""
-    return re.sub(r"(?<![^.])\d+(?![^.]).*", "*", cell.name)
 
 
 def _computed_on(cell: _Cell) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -73,6 +74,14 @@ class Scene:
         self.words.append(Word(MARGIN, self.y + 10, title, 12, PALE))
         self.y += 22
 
+    def bracket(self, x: float, width: float, text: str) -> None:
+        """A line over what `text` is about, with the words over it where they have room."""
+        shown = clipped(text, width - 6, 11)
+        if shown:
+            self.words.append(Word(x + width / 2, self.y + 8, shown, 11, INK, "middle"))
+        if width > 3:
+            self.boxes.append(Box(x + 1, self.y + 14, width - 2, 1.4, PALE if shown else RULE, text))
+
     def legend(self, entries: Sequence[tuple[str, str, bool]]) -> None:
         """(words, colour, hatched) for each, in as many lines as they need."""
         x = float(MARGIN)
@@ -91,6 +100,11 @@ def home_colours(homes: Sequence[str]) -> dict[str, str]:
     accelerators = [home for home in homes if home not in (CPU, DISK)]
     colours = {home: _ACCELERATORS[i % len(_ACCELERATORS)] for i, home in enumerate(accelerators)}
     return colours | {CPU: GREEN, DISK: ORANGE}
+
+
+def family(block: str) -> str:
+    """What the names of repeated blocks have in common: `decoder.layers.*`."""
+    return re.sub(r"(?<![^.])\d+(?![^.]).*", "*", block) or "(root)"
 
 
 def text_width(text: str, size: float) -> float:

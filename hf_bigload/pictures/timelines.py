@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import groupby
 
 from ..errors import human_bytes
 from ..report import human_seconds, lane_name
@@ -21,6 +22,7 @@ from .scene import (
     Scene,
     Word,
     clipped,
+    family,
     lighter,
     on_colour,
     text_width,
@@ -34,6 +36,8 @@ _MOST_TRACKS = 4
 _SMALLEST = 0.6
 """Pixels: what is there is seen."""
 _NAMED_STALLS = 3
+_NARROWEST_FAMILY = 40
+"""Pixels: of the many blocks of a long run, a line over each would only be noise."""
 _FOR_LATER = 0.7
 """How pale that is which came for later."""
 
@@ -46,10 +50,12 @@ def draw(timeline: Timeline) -> Scene:
     rows = [use for use in uses if use.lane != STALL]
     stalled = {use.device for use in uses if use.lane == STALL}
     rows += [LaneUse(COMPUTE, device, 0.0, 0, 0) for device in sorted(stalled - _computing(uses))]
+    _draw_families(scene, timeline)
     top = scene.y
     for use in sorted(rows, key=lambda use: (LANES.index(use.lane), use.device)):
         _draw_lane(scene, timeline, use)
-    _draw_scale(scene, timeline.seconds, top)
+    if rows:
+        _draw_scale(scene, timeline.seconds, top)
     scene.legend(_legend(timeline))
     return scene
 
@@ -68,6 +74,17 @@ def _computing(uses: Sequence[LaneUse]) -> set[str]:
 
 
 # ---------------------------------------------------------------- lanes
+
+
+def _draw_families(scene: Scene, timeline: Timeline) -> None:
+    """Over the lanes, which of the repeated blocks are on: an encoder's or a decoder's, say."""
+    scale = (_END - _X) / max(timeline.seconds, 1e-12)
+    for name, group in groupby(timeline.of(COMPUTE), key=lambda span: family(span.block)):
+        spans = list(group)
+        begin, width = spans[0].begin * scale, (max(span.end for span in spans) - spans[0].begin) * scale
+        if width >= _NARROWEST_FAMILY:
+            scene.bracket(_X + begin, width, name)
+    scene.y += 26
 
 
 def _draw_lane(scene: Scene, timeline: Timeline, use: LaneUse) -> None:
