@@ -225,7 +225,8 @@ class Inspection:
             timeline.plot().savefig("forward.png")
 
         The timeline is filled when the context ends, also by an exception. It begins with nothing under way: what was
-        sent ahead by an earlier forward is dropped and read again.
+        sent ahead by an earlier forward is dropped and read again. Of a model that was compiled before, only blocks
+        that stream are seen to compute: the others are part of the compiler's graphs.
 
         Raises:
             RuntimeError: the model is being recorded already.

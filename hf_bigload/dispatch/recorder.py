@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import wraps
+from itertools import count
 from typing import Any
 
 import torch
@@ -94,6 +95,7 @@ class Recorder:
     outer: Collection[str] = ()
     _marks: list[_Mark] = field(default_factory=list)
     _threads: dict[int, int] = field(default_factory=dict)
+    _numbers: Iterator[int] = field(default_factory=count)
     _here: _Thread = field(default_factory=_Thread)
 
     def __post_init__(self) -> None:
@@ -148,7 +150,9 @@ class Recorder:
             self.add(_Mark(block, COMPUTE, str(device), self._here.begin, self.now(device), thread=self._thread()))
 
     def _thread(self) -> int:
-        return self._threads.setdefault(threading.get_ident(), len(self._threads))
+        ident = threading.get_ident()
+        number = self._threads.get(ident)
+        return self._threads.setdefault(ident, next(self._numbers)) if number is None else number
 
     # ------------------------------------------------------------ what it was
 

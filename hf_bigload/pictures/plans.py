@@ -50,11 +50,11 @@ def draw(plan: Plan, title: str = "") -> Scene:
 
 
 def _summary(plan: Plan) -> str:
-    total = sum(placement.block.nbytes for placement in plan.placements)
+    sizes = [placement.block.nbytes for placement in plan.placements if placement.block.nbytes]
     streamed = sum(placement.streamed_bytes for placement in plan.placements)
     travels = f"{human_bytes(streamed)} travel in a pass over all blocks" if plan.streams else "nothing streams"
     seconds = f", {human_seconds(plan.seconds)} predicted for a request" if plan.predicted else ""
-    return f"{human_bytes(total)} of weights in {len(plan.placements)} blocks; {travels}{seconds}"
+    return f"{human_bytes(sum(sizes))} of weights in {len(sizes)} blocks; {travels}{seconds}"
 
 
 # ---------------------------------------------------------------- memory
@@ -76,7 +76,8 @@ def _draw_bar(scene: Scene, memory: DeviceMemory, colour: str, largest: int) -> 
     """A device without a budget has a bar in proportion to the fullest device."""
     whole = max(memory.budget or largest, memory.used, 1)
     y, scale = scene.y, (_BAR_END - _BAR_X) / whole
-    scene.words.append(Word(_BAR_X - 10, y + 15.5, rests_in(memory.device), 12.5, anchor="end"))
+    name = clipped(rests_in(memory.device), _BAR_X - MARGIN - 8, 12.5)
+    scene.words.append(Word(_BAR_X - 10, y + 15.5, name, 12.5, anchor="end"))
     if memory.budget is not None:
         scene.boxes.append(Box(_BAR_X, y, _BAR_END - _BAR_X, _BAR_HEIGHT, TRACK, "free"))
     x = float(_BAR_X)

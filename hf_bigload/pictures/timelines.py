@@ -176,7 +176,8 @@ def _draw_scale(scene: Scene, seconds: float, top: float) -> None:
     for moment in ticks(seconds):
         x = _X + moment * scale
         scene.boxes.insert(0, Box(x, top - 4, 0.8, bottom - top + 8, RULE))
-        label = human_seconds(moment).replace(".00 ", " ").replace(".0 ", " ") if moment else "0"
+        number, _, unit = human_seconds(moment).partition(" ")
+        label = f"{float(number):g} {unit}" if moment else "0"
         scene.words.append(Word(x, bottom + 17, label, 10.5, PALE, "middle"))
     scene.y = bottom + 32
 

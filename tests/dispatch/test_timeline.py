@@ -164,6 +164,16 @@ class TestBlocksThatStay:
         assert {span.block for span in timeline.of(READ)} == {"layers.1"}
         assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
+    def test_of_a_compiled_model_those_that_stream_are_seen(self, tmp_path: Path) -> None:
+        model = from_disk(seeded(Net, width=16), tmp_path, device_map={"": "cpu", "layers.1": "disk"})
+        compiled: Any = torch.compile(model, backend="eager")
+        x = torch.randn(2, 16)
+        expected = compiled(x)
+        with hf_bigload.inspect(model).record() as timeline:
+            assert same_bits(compiled(x), expected)
+        assert "layers.1" in [span.block for span in timeline.of(COMPUTE)]
+        assert same_bits(compiled(x), expected)
+
     def test_a_resident_model_only_computes(self) -> None:
         model = placed(seeded(Net, width=16), "cpu")
         timeline = recorded(model, torch.randn(2, 16))
