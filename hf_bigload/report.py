@@ -309,13 +309,18 @@ def _order(device: str) -> tuple[int, str]:
 
 def _as_text(tables: Sequence[Table]) -> str:
     """For wherever the text goes: a pipe or terminal without the characters of a drawn box gets plain ones."""
-    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-    try:
-        "┏━┓│".encode(encoding)
-    except UnicodeEncodeError:
-        for table in tables:
-            table.box = box.ASCII2
+    plain = not _can_draw(getattr(sys.stdout, "encoding", None) or "utf-8")
     console = Console(file=io.StringIO(), width=110, force_terminal=False)
     for table in tables:
+        table.box = box.ASCII2 if plain else table.box
         console.print(table)
-    return console.file.getvalue()  # type: ignore[attr-defined]
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    return text.replace("µs", "us") if plain else text
+
+
+def _can_draw(encoding: str) -> bool:
+    try:
+        "┏━┓│µ".encode(encoding)
+    except UnicodeEncodeError:
+        return False
+    return True

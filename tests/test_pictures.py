@@ -11,12 +11,13 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
+from rich.console import Console
 
 from hf_bigload import pictures
 from hf_bigload.errors import MissingExtraError
 from hf_bigload.pictures import plans, timelines
 from hf_bigload.pictures.scene import MARGIN, WIDTH, Scene, clipped, lighter, on_colour, ticks
-from hf_bigload.report import DeviceMemory, human_seconds, memory_of, plan_table, timeline_table
+from hf_bigload.report import DeviceMemory, human_seconds, memory_of, plan_table, plan_view, timeline_table
 from hf_bigload.specs import BlockSpec, PhaseTime, Placement, Plan, TensorSpec
 from hf_bigload.timeline import COMPUTE, COPY, READ, STALL, Span, Timeline
 
@@ -54,7 +55,7 @@ def timeline_of(blocks: int, name: str = "layers.{}") -> Timeline:
 
 
 PLAN = plan_of(["cuda:0", "cpu", "cpu", "disk", "disk"])
-PICTURED = {
+PICTURED: dict[str, Any] = {
     "plan": PLAN,
     "plan of 200": plan_of(["cuda:0", "cpu", "disk", "cpu"] * 50),
     "plan on two devices": replace(PLAN, placements=(*PLAN.placements, Placement(block("head"), "cuda:1", "cuda:1"))),
@@ -205,6 +206,20 @@ class TestATimeline:
             words in table for words in ("disk to RAM", "80.00 MiB", "copies to cuda:0", "0.04 GB", "waiting on")
         )
         assert all(f"layers.{i}" in table for i in (0, 3, 6))
+
+
+def test_a_terminal_without_the_characters_of_a_box_gets_plain_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
+    short = Timeline("Net", (Span("a", READ, 0.0, 5e-6, 1), Span("a", STALL, 0.0, 5e-6)), (), 5e-6)
+    assert short.explain().isascii() and PLAN.explain().isascii()
+
+
+def test_a_terminals_bars_have_every_part() -> None:
+    console = Console(file=io.StringIO(), width=140)
+    console.print(plan_view(PICTURED["plan with cache"]))
+    printed = console.file.getvalue()  # type: ignore[attr-defined]
+    assert all(label in printed for label in ("weights", "ring", "cache", "activations", "budget"))
+    assert all(sign in printed for sign in "█▓▒▚░")
 
 
 class TestWithoutMatplotlib:

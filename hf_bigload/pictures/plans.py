@@ -10,12 +10,12 @@ from ..errors import human_bytes
 from ..report import DeviceMemory, human_seconds, memory_of, rests_in, runs_on
 from ..specs import CPU, Placement, Plan
 from .scene import (
+    GREY,
     INK,
     INNER,
     MARGIN,
     PALE,
     PURPLE,
-    SKY,
     TRACK,
     WIDTH,
     YELLOW,
@@ -30,7 +30,7 @@ from .scene import (
     text_width,
 )
 
-_PARTS = {"ring": PURPLE, "cache": SKY, "activations": YELLOW}
+_PARTS = {"ring": PURPLE, "cache": YELLOW, "activations": GREY}
 _BAR_X, _BAR_END, _BAR_HEIGHT = MARGIN + 70, WIDTH - MARGIN - 170, 22
 _STRIP_HEIGHT = 54
 _EDGES_UP_TO = 320
@@ -195,7 +195,7 @@ def _draw_prediction(scene: Scene, plan: Plan) -> None:
         name = clipped(phase.name, _BAR_X - MARGIN - 10, 12)
         scene.words.append(Word(_BAR_X - 10, scene.y + 12, name, 12, anchor="end"))
         width = max(1.0, phase.seconds * scale)
-        scene.boxes.append(Box(_BAR_X, scene.y, width, 16, "#8a94a0", f"{phase.name}: {said}"))
+        scene.boxes.append(Box(_BAR_X, scene.y, width, 16, GREY, f"{phase.name}: {said}"))
         scene.words.append(Word(_BAR_X + width + 8, scene.y + 12, said, 11.5))
         scene.y += 22
     scene.y += 4

@@ -15,10 +15,9 @@ INNER = WIDTH - 2 * MARGIN
 INK, PALE, RULE, TRACK = "#3b4048", "#7c838c", "#d5d9de", "#eef0f2"
 """Of words, of lesser words, of lines, of what is empty."""
 
-BLUE, SKY, GREEN, ORANGE, RED, PURPLE, YELLOW = (
-    *("#0072b2", "#56b4e9", "#009e73", "#e69f00", "#d55e00", "#cc79a7", "#f0e442"),
-)
-"""Told apart with any kind of colour vision (Okabe and Ito's palette)."""
+BLUE, SKY, GREEN, ORANGE = "#0072b2", "#56b4e9", "#009e73", "#e69f00"
+RED, PURPLE, YELLOW, GREY = "#d55e00", "#cc79a7", "#f0e442", "#8a94a0"
+"""Told apart with any kind of colour vision (Okabe and Ito's palette, with a grey)."""
 
 _ACCELERATORS = (BLUE, SKY, "#44619d", "#8fc7d9")
 _CHARACTER = 0.56
