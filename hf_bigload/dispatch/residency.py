@@ -263,7 +263,7 @@ def _issue(
         else:
             into = [slot.bytes.narrow(0, position, nbytes) for position, nbytes in places]
             torch._foreach_copy_(into, list(pieces), non_blocking=True)
-        slot.filled(stream)
         if journey is not None and begun is not None:
-            journey.was_copied(slot.device, begun, stream)
+            journey.was_copied(slot.device, begun, stream)  # before anybody who waits for the copies goes on
+        slot.filled(stream)
     return 0  # bytes read
