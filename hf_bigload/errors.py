@@ -14,6 +14,7 @@
     ├── OffloadedWeightError (RuntimeError)   an operation that an offloaded weight cannot take part in
     ├── QuantizedOffloadError (ValueError)    a quantised checkpoint whose plan would need to stream
     ├── LoaderError (TypeError)           a loader that does not keep the registry's protocol
+    ├── MissingExtraError (ImportError)   a library that only one feature needs is not installed
     └── SeamMovedWarning (UserWarning)    a library version moved a function this package hooks
 
 Each also derives from the built-in that callers of the libraries already catch, so that `except ValueError` or
@@ -87,6 +88,10 @@ class QuantizedOffloadError(BigloadError, ValueError):
 
 class LoaderError(BigloadError, TypeError):
     """A loader does not keep the registry's protocol."""
+
+
+class MissingExtraError(BigloadError, ImportError):
+    """A library that only one feature needs is not installed."""
 
 
 class SeamMovedWarning(UserWarning):

@@ -10,17 +10,19 @@ import logging
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from torch import nn
 
-from . import bandwidth, hardware, report, settings
+from . import bandwidth, hardware, pictures, report, settings
 from .checkpoint.index import open_checkpoint
 from .checkpoint.reader import Reader, layout
 from .device_map import missing_from, normalize_devices, resolve
 from .dispatch.attach import attach, attachment_of, detach, resident_plan
 from .dispatch.executor import Executor, Machine, Stats
+from .dispatch.recording import record
 from .errors import DeviceMapError
 from .estimate import bound
 from .hardware import torch_device
@@ -29,6 +31,7 @@ from .pinned import ALIGNMENT
 from .planner import STRATEGIES, follow_map, make_plan_with_room
 from .skeleton import LoadedAs, model_spec
 from .specs import CPU, DISK, Hardware, LoadRequest, ModelSpec, Needs, Plan, Workload
+from .timeline import Timeline
 from .trace import needs_of
 
 __all__ = ["dispatch", "estimate", "inspect", "needs_of", "plan", "plan_model"]
@@ -202,6 +205,33 @@ class Inspection:
     def explain(self) -> str:
         """The plan as a table for a terminal."""
         return report.plan_table(self.plan, type(self.model).__name__)
+
+    def plot(self) -> Any:
+        """The plan as a `matplotlib.figure.Figure`.
+
+        Raises:
+            MissingExtraError: matplotlib is not installed.
+        """
+        return pictures.as_figure(self.plan, type(self.model).__name__)
+
+    def _repr_html_(self) -> str:
+        return pictures.as_html(self.plan, type(self.model).__name__)
+
+    def record(self) -> AbstractContextManager[Timeline]:
+        """Measure what the model does inside a context: when blocks are read, copied, computed, and waited for.
+
+            with hf_bigload.inspect(model).record() as timeline:
+                model(**inputs)
+            timeline.plot().savefig("forward.png")
+
+        The timeline is filled when the context ends, also by an exception. It begins with nothing under way: what was
+        sent ahead by an earlier forward is dropped and read again. Of a model that was compiled before, only blocks
+        that stream are seen to compute: the others are part of the compiler's graphs.
+
+        Raises:
+            RuntimeError: the model is being recorded already.
+        """
+        return record(self.model, self.plan)
 
     def close(self) -> None:
         """Take the hooks off and give the ring back; the weights stay where they rest, readable there."""

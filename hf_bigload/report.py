@@ -1,8 +1,9 @@
-"""What a person reads of a plan."""
+"""What a person reads of a plan, a run, an estimate or a machine."""
 
 from __future__ import annotations
 
 import io
+import math
 import re
 import sys
 import time
@@ -19,6 +20,7 @@ from rich.text import Text
 
 from .errors import human_bytes
 from .specs import CPU, DISK, BlockSpec, PhaseTime, Placement, Plan
+from .timeline import Timeline
 
 if TYPE_CHECKING:
     from .doctor import Diagnosis
@@ -62,9 +64,9 @@ def _blocks(plan: Plan, title: str) -> Table:
     blocks = Table(title=f"hf_bigload plan for {title}", title_justify="left")
     for column, justify in (("blocks", "left"), ("rest in", "left"), ("run on", "left"), ("size", "right")):
         blocks.add_column(column, justify=justify)  # type: ignore[arg-type]
-    for (home, runs), group in groupby(plan.placements, key=lambda p: (p.home, _runs_on(p))):
+    for (home, runs), group in groupby(plan.placements, key=lambda p: (p.home, runs_on(p))):
         members = list(group)
-        blocks.add_row(_names(members), _rests_in(home), runs, human_bytes(sum(p.block.nbytes for p in members)))
+        blocks.add_row(_names(members), rests_in(home), runs, human_bytes(sum(p.block.nbytes for p in members)))
     return blocks
 
 
@@ -86,30 +88,68 @@ def _devices(plan: Plan) -> list[str]:
 # ---------------------------------------------------------------- bars
 
 _BAR_WIDTH = 40
-_STYLES = ("green", "yellow", "bright_black")
+_PART_STYLES = {
+    "weights": ("green", "█", "#"),
+    "ring": ("yellow", "▓", "="),
+    "cache": ("blue", "▒", "+"),
+    "activations": ("magenta", "▚", "*"),
+}
+"""Of each part of a device's memory: its colour, and its signs with and without the characters of a drawn bar."""
+
+
+@dataclass(frozen=True)
+class DeviceMemory:
+    """What a plan keeps in the memory of one device: (label, bytes) for each part, and the budget, if it has one."""
+
+    device: str
+    parts: tuple[tuple[str, int], ...]
+    budget: int | None
+
+    @property
+    def used(self) -> int:
+        return sum(nbytes for _, nbytes in self.parts)
+
+
+def memory_of(plan: Plan) -> list[DeviceMemory]:
+    """Each device's memory, part by part: accelerators first, then RAM, then the disk."""
+    memory = []
+    for device in _devices(plan):
+        beside = {
+            "ring": plan.ring.get(device, 0),
+            "cache": plan.cache.get(device, 0),
+            "activations": plan.activations.get(device, 0),
+        }
+        weights = plan.used.get(device, 0) - sum(beside.values())
+        parts = {"weights": weights} | {label: nbytes for label, nbytes in beside.items() if nbytes}
+        memory.append(DeviceMemory(device, tuple(parts.items()), plan.budget.get(device)))
+    return memory
 
 
 @dataclass(frozen=True)
 class MemoryBar:
-    """One device's memory: resident weights, the ring that streamed ones land in, and what is left of the budget."""
+    """The parts of one device's memory, and what is left of the budget."""
 
-    weights: int
-    ring: int
+    parts: tuple[tuple[str, int], ...]
     budget: int
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        cells = zip(self.cells(), "#=." if options.ascii_only else "█▓░", _STYLES, strict=True)
-        yield Text.assemble(*((sign * count, style) for count, sign, style in cells))
+        *counts, free = self.cells()
+        text = Text()
+        for (label, _), count in zip(self.parts, counts, strict=True):
+            style, sign, plain = _PART_STYLES[label]
+            text.append((plain if options.ascii_only else sign) * count, style)
+        yield text.append(("." if options.ascii_only else "░") * free, "bright_black")
 
     def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
         return Measurement(_BAR_WIDTH, _BAR_WIDTH)
 
-    def cells(self) -> tuple[int, int, int]:
-        """Characters of each share; what is there has one at least, wherever there is room for it."""
-        whole = max(self.budget, self.weights + self.ring, 1)
-        weights = _share(self.weights, whole, _BAR_WIDTH)
-        ring = min(_share(self.ring, whole, _BAR_WIDTH), _BAR_WIDTH - weights)
-        return weights, ring, _BAR_WIDTH - weights - ring
+    def cells(self) -> tuple[int, ...]:
+        """Characters of each part and of the rest; what is there has one at least, wherever there is room for it."""
+        whole = max(self.budget, sum(nbytes for _, nbytes in self.parts), 1)
+        counts: list[int] = []
+        for _, nbytes in self.parts:
+            counts.append(min(_share(nbytes, whole, _BAR_WIDTH), _BAR_WIDTH - sum(counts)))
+        return *counts, _BAR_WIDTH - sum(counts)
 
 
 def _share(part: int, whole: int, width: int) -> int:
@@ -117,17 +157,63 @@ def _share(part: int, whole: int, width: int) -> int:
 
 
 def _bars(plan: Plan) -> Table:
+    memory = memory_of(plan)
+    there = {label for each in memory for label, _ in each.parts} | {"weights", "ring"}
+    labels = [label for label in _PART_STYLES if label in there]
     table = Table(box=None, pad_edge=False)
-    for column, justify in (("device", "left"), ("memory", "left"), ("weights", "right"), ("ring", "right")):
-        table.add_column(column, justify=justify)  # type: ignore[arg-type]
-    table.add_column("budget", justify="right")
-    for device in _devices(plan):
-        ring, budget = plan.ring.get(device, 0), plan.budget.get(device)
-        weights = plan.used.get(device, 0) - ring
-        bar: MemoryBar | str = "" if budget is None else MemoryBar(weights, ring, budget)
-        figures = (human_bytes(weights), human_bytes(ring) if ring else "-", human_bytes(budget) if budget else "-")
-        table.add_row(_rests_in(device), bar, *figures)
+    for column in ("device", "memory", *labels, "budget"):
+        table.add_column(column, justify="left" if column in ("device", "memory") else "right")
+    for each in memory:
+        bar: MemoryBar | str = "" if each.budget is None else MemoryBar(each.parts, each.budget)
+        parts = dict(each.parts)
+        sizes = [human_bytes(parts[label]) if label in parts else "-" for label in labels]
+        table.add_row(rests_in(each.device), bar, *sizes, human_bytes(each.budget) if each.budget else "-")
     return table
+
+
+# ---------------------------------------------------------------- runs
+
+LANE_NAMES = {"read": "disk to RAM", "copy": "copies to", "compute": "compute on", "stall": "waiting on"}
+_LONGEST_STALLS = 5
+
+
+def timeline_table(timeline: Timeline) -> str:
+    """A recorded run as text: how each lane was used, and which blocks were waited for longest."""
+    return _as_text([_lanes(timeline), _stalls(timeline)] if timeline.stalls() else [_lanes(timeline)])
+
+
+def lane_name(lane: str, device: str) -> str:
+    """What a reader calls a lane: "disk to RAM", "copies to cuda:0"."""
+    return LANE_NAMES[lane] if lane == "read" else f"{LANE_NAMES[lane]} {device}"
+
+
+def _lanes(timeline: Timeline) -> Table:
+    table = Table(title=f"a run of {timeline.model}: {human_seconds(timeline.seconds)}", title_justify="left")
+    for column in ("", "busy", "of the time", "spans", "bytes", "a second"):
+        table.add_column(column, justify="right" if column else "left")
+    for use in timeline.uses():
+        share = f"{use.busy / timeline.seconds:.0%}" if timeline.seconds else "-"
+        moved = (human_bytes(use.nbytes), f"{use.rate / 1e9:.2f} GB") if use.nbytes else ("-", "-")
+        table.add_row(lane_name(use.lane, use.device), human_seconds(use.busy), share, str(use.spans), *moved)
+    return table
+
+
+def _stalls(timeline: Timeline) -> Table:
+    table = Table(title="longest waited for", title_justify="left")
+    table.add_column("block")
+    table.add_column("in all", justify="right")
+    for block, seconds in timeline.stalls()[:_LONGEST_STALLS]:
+        table.add_row(Text(block or "(root)"), human_seconds(seconds))
+    return table
+
+
+def human_seconds(seconds: float) -> str:
+    """Seconds for a reader, three significant digits: "1.92 s", "35.1 ms", "801 µs"."""
+    for unit, size in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
+        if seconds >= size or unit == "µs":
+            value = seconds / size
+            return f"{value:.{max(0, 2 - int(math.log10(value)) if value >= 1 else 2)}f} {unit}"
+    raise AssertionError("unreachable")
 
 
 # ---------------------------------------------------------------- estimates
@@ -202,11 +288,13 @@ def _problems(found: Diagnosis) -> str:
 # ---------------------------------------------------------------- words
 
 
-def _runs_on(placement: Placement) -> str:
+def runs_on(placement: Placement) -> str:
+    """Where a block is computed, in words."""
     return "cpu, where it rests" if placement.at_home and placement.device != CPU else placement.device
 
 
-def _rests_in(home: str) -> str:
+def rests_in(home: str) -> str:
+    """What a reader calls the place."""
     return {CPU: "RAM", DISK: "disk"}.get(home, home)
 
 
@@ -221,13 +309,18 @@ def _order(device: str) -> tuple[int, str]:
 
 def _as_text(tables: Sequence[Table]) -> str:
     """For wherever the text goes: a pipe or terminal without the characters of a drawn box gets plain ones."""
-    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-    try:
-        "┏━┓│".encode(encoding)
-    except UnicodeEncodeError:
-        for table in tables:
-            table.box = box.ASCII2
+    plain = not _can_draw(getattr(sys.stdout, "encoding", None) or "utf-8")
     console = Console(file=io.StringIO(), width=110, force_terminal=False)
     for table in tables:
+        table.box = box.ASCII2 if plain else table.box
         console.print(table)
-    return console.file.getvalue()  # type: ignore[attr-defined]
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    return text.replace("µs", "us") if plain else text
+
+
+def _can_draw(encoding: str) -> bool:
+    try:
+        "┏━┓│µ".encode(encoding)
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -39,6 +39,32 @@ DTYPE_BYTES: Mapping[str, int] = {
 """Bytes of one element, by torch's name of the dtype."""
 
 
+class Pictured:
+    """What a person can look at: the one door from values up to `pictures`, imported when somebody goes through it."""
+
+    def explain(self) -> str:
+        """It as text for a terminal."""
+        from . import pictures
+
+        return pictures.as_text(self)
+
+    def plot(self) -> Any:
+        """It as a `matplotlib.figure.Figure`; `.savefig(path)` writes that to a file.
+
+        Raises:
+            MissingExtraError: matplotlib is not installed; `pip install 'hf_bigload[plot]'` does that.
+        """
+        from . import pictures
+
+        return pictures.as_figure(self)
+
+    def _repr_html_(self) -> str:
+        """It for a notebook: HTML that needs nothing else."""
+        from . import pictures
+
+        return pictures.as_html(self)
+
+
 @dataclass(frozen=True)
 class TensorEntry:
     """Where one tensor's bytes lie: `nbytes` bytes of `file`, from byte `offset` on.
@@ -282,7 +308,7 @@ class PhaseTime:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(Pictured):
     """A placement for every block. Frozen: execution makes no placement decisions of its own.
 
     `used` and `budget` are bytes by device name. `ring` is the bytes of the buffers that streamed blocks land in, by

@@ -200,13 +200,13 @@ def test_a_flag_that_makes_no_sense_is_named(arguments: tuple[str, ...], said: s
     ("weights", "ring", "cells"), [(0, 0, (0, 0, 40)), (50, 25, (20, 10, 10)), (100, 0, (40, 0, 0))]
 )
 def test_a_bar_is_in_proportion(weights: int, ring: int, cells: tuple[int, int, int]) -> None:
-    assert MemoryBar(weights, ring, 100).cells() == cells
+    assert MemoryBar((("weights", weights), ("ring", ring)), 100).cells() == cells
 
 
 def test_a_bar_shows_the_smallest_share_and_never_grows() -> None:
-    assert MemoryBar(1, 0, 10**9).cells() == (1, 0, 39)
-    assert sum(MemoryBar(10**9, 10, 10**9).cells()) == 40
-    assert MemoryBar(300, 0, 100).cells() == (40, 0, 0)
+    assert MemoryBar((("weights", 1), ("ring", 0)), 10**9).cells() == (1, 0, 39)
+    assert sum(MemoryBar((("weights", 10**9), ("ring", 10), ("cache", 10)), 10**9).cells()) == 40
+    assert MemoryBar((("weights", 300), ("ring", 0)), 100).cells() == (40, 0, 0)
 
 
 # ------------------------------------------------------------------------------------------------------------ doctor

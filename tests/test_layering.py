@@ -42,6 +42,7 @@ WITHOUT_TORCH = [
     "hf_bigload.doctor",
     "hf_bigload.errors",
     "hf_bigload.hardware",
+    "hf_bigload.pictures",
     "hf_bigload.planner",
     "hf_bigload.plugin",
     "hf_bigload.registry",
@@ -51,6 +52,7 @@ WITHOUT_TORCH = [
     "hf_bigload.search",
     "hf_bigload.settings",
     "hf_bigload.specs",
+    "hf_bigload.timeline",
 ]
 
 

@@ -169,6 +169,9 @@ class AlignDevicesHook(ModelHook):
             if self.moves and self.at_home:
                 args = tuple(self._here(arg) for arg in args)
                 kwargs = {name: self._here(arg) for name, arg in kwargs.items()}
+            recorder = self.executor.machine.recorder
+            if recorder is not None and self.whole is not None:
+                forward = recorder.computing(forward, self.name, self.runs_on)
             with scope.guard():
                 output = scope.keep(forward(*args, **kwargs))
         except BaseException:

@@ -218,7 +218,11 @@ class Executor:
             missing = [item for item in fetch.items if item.arrived is None]
             if missing:
                 self._send(fetch, missing, scope.lasting)
+            recorder = self.machine.recorder
+            begun = None if recorder is None else recorder.now(fetch.device)
             stalled = sum([transfer.wait() for transfer in fetch.transfers])
+            if recorder is not None and begun is not None:
+                recorder.waited(scope.name, fetch.device, begun, stalled > 0)
             for transfer in fetch.transfers:
                 transfer.tensors = []  # what a slot is looked at by shows when it is given back
             for item in fetch.items:
@@ -251,6 +255,8 @@ class Executor:
                     ahead.drop()
                     return None
                 ahead.transfers.append(transfer)
+                if transfer.journey is not None:
+                    transfer.journey.block = stop.name
         return ahead
 
     def _recipe(self, stop: Stop, weights: Sequence[torch.Tensor]) -> Recipe:
@@ -279,6 +285,9 @@ class Executor:
     ) -> None:
         read, copied = sum([t.bytes_read for t in transfers]), sum([t.bytes_copied for t in transfers])
         self.machine.stats.add(block, read, copied, stalled, hits, misses)
+        if self.machine.recorder is not None:
+            for journey in [transfer.journey for transfer in transfers if transfer.journey is not None]:
+                journey.block, journey.used = block, True
 
     def _give_back(self, scope: Scope, fetches: list[Fetch]) -> None:
         with self._changed:

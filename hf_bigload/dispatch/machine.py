@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 
 from ..checkpoint.reader import Reader
+from .recorder import Journey, Recorder
 from .ring import Look, Ring, Slot
 from .stats import Stats
 from .transfer import Transfer
@@ -40,6 +41,8 @@ class Machine:
     def __init__(self, reader: Reader, ring_bytes: Mapping[torch.device, int]) -> None:
         self.reader = reader
         self.stats = Stats()
+        self.recorder: Recorder | None = None
+        """While the model is recorded."""
         self.rings: dict[torch.device, Ring] = {}
         self.make_room: Callable[[], bool] = lambda: False
         """See `Ring.make_room`."""
@@ -61,6 +64,10 @@ class Machine:
         """Block until nothing that was issued so far copies from weights at rest: now anybody may write to them."""
         for stream in tuple(self._copying_homes):
             stream.synchronize()
+
+    def journey(self, copied: int = 0) -> Journey | None:
+        """For notes about a transfer that begins, of which `copied` bytes are copied between host and device."""
+        return None if self.recorder is None else self.recorder.journey(self.reader, copied)
 
     @cached_property
     def aside(self) -> Machine:
@@ -117,6 +124,7 @@ class Machine:
         for ring in (*self.rings.values(), *self.aside.rings.values()):
             ring.after_fork()
         self.stats.after_fork()
+        self.recorder = self.aside.recorder = None  # its notes are the parent's
 
     def _new_ring(self, device: torch.device) -> Ring:
         accelerators = [d for d in self.ring_bytes if d.type != "cpu"]

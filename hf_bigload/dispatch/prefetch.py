@@ -31,6 +31,7 @@ class Stop(Protocol):
     @property
     def runs_on(self) -> torch.device: ...
 
+    name: str
     recipe: Recipe | None
 
     def weights(self) -> Sequence[torch.Tensor]:

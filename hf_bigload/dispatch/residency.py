@@ -17,6 +17,7 @@ from ..checkpoint.reader import layout
 from ..pinned import memory_around
 from ..specs import TensorEntry
 from .machine import CPU_DEVICE, Load, Machine
+from .recorder import Journey
 from .ring import DeviceSlot, HostSlot, Look, Ring, Slot, address_of, span_bytes
 from .transfer import Packing, Transfer, then
 
@@ -140,10 +141,11 @@ class _FromMemory:
         """The driver copies through memory of its own, and whoever asks it has to wait for that."""
 
     def start(self, machine: Machine, ring: Ring, slot: Slot, stage: Slot | None) -> Transfer:
-        transfer = Transfer(ring, slot, slot.views(self, self.looks), bytes_copied=self.copied)
+        journey = machine.journey(self.copied)
+        transfer = Transfer(ring, slot, slot.views(self, self.looks), bytes_copied=self.copied, journey=journey)
         if isinstance(slot, DeviceSlot):
             stream = machine.copy_stream(self.device)
-            issue = partial(_issue, slot, self.places, self.pieces, stream)
+            issue = partial(_issue, slot, self.places, self.pieces, stream, journey)
             if self.waits:
                 transfer.begin(partial(machine.reader.submit, [issue]))
             else:
@@ -152,8 +154,11 @@ class _FromMemory:
             return transfer
         assert isinstance(slot, HostSlot)
         slot.wait_for_copies()
+        begun = None if journey is None else journey.now(self.device)
         for piece, (position, nbytes) in zip(self.pieces, self.places, strict=True):
             slot.view(position, torch.uint8, (nbytes,), (1,), nbytes).copy_(piece)
+        if journey is not None and begun is not None:
+            journey.was_copied(self.device, begun)
         return transfer
 
 
@@ -170,9 +175,10 @@ class _FromFiles:
 
     def start(self, machine: Machine, ring: Ring, slot: Slot, stage: Slot | None) -> Transfer:
         assert isinstance(slot, HostSlot)
-        transfer = Transfer(ring, slot, slot.views(self, self.looks), bytes_read=self.read)
+        journey = machine.journey()
+        transfer = Transfer(ring, slot, slot.views(self, self.looks), bytes_read=self.read, journey=journey)
         before = slot.wait_for_copies if slot.events else None
-        transfer.begin(partial(machine.reader.read, self.layout.extents, slot.buffer, before))
+        transfer.begin(partial((journey or machine.reader).read, self.layout.extents, slot.buffer, before))
         return transfer
 
 
@@ -194,13 +200,14 @@ class _ThroughTheHost:
         assert isinstance(slot, DeviceSlot) and isinstance(stage, HostSlot)
         staging, stream = machine.ring(CPU_DEVICE), machine.copy_stream(slot.device)
         tensors = slot.views(self, self.looks)
-        transfer = Transfer(ring, slot, tensors, bytes_read=self.read, bytes_copied=self.copied)
+        journey = machine.journey(self.copied)
+        transfer = Transfer(ring, slot, tensors, bytes_read=self.read, bytes_copied=self.copied, journey=journey)
         runs = zip(self.staged_at, self.places, strict=True)
         pieces = [stage.view(at, torch.uint8, (nbytes,), (1,), nbytes) for at, (_, nbytes) in runs]
         stage.is_written = True
 
         def copy() -> None:
-            _issue(slot, self.places, pieces, stream)
+            _issue(slot, self.places, pieces, stream, journey)
             stage.used(slot.filled_by)
 
         def give_back() -> None:
@@ -209,7 +216,7 @@ class _ThroughTheHost:
             staging.give(stage)
 
         before = stage.wait_for_copies if stage.events else None
-        read = partial(machine.reader.read, self.layout.extents, stage.buffer, before)
+        read = partial((journey or machine.reader).read, self.layout.extents, stage.buffer, before)
         transfer.begin(lambda: then(read(), copy, give_back))
         return transfer
 
@@ -241,15 +248,22 @@ def _own(stream: torch.Stream) -> torch.Stream:
 
 
 def _issue(
-    slot: DeviceSlot, places: Sequence[tuple[int, int]], pieces: Sequence[torch.Tensor], stream: torch.Stream
+    slot: DeviceSlot,
+    places: Sequence[tuple[int, int]],
+    pieces: Sequence[torch.Tensor],
+    stream: torch.Stream,
+    journey: Journey | None,
 ) -> int:
     """Copy pieces of memory to their places (position, bytes) in a slot, on `stream`, after whatever used it before."""
     with _own(stream):
         slot.wait_on(stream)
+        begun = None if journey is None else journey.now(slot.device, stream)
         if len(places) == 1:
             slot.bytes.narrow(0, *places[0]).copy_(pieces[0], non_blocking=True)
         else:
             into = [slot.bytes.narrow(0, position, nbytes) for position, nbytes in places]
             torch._foreach_copy_(into, list(pieces), non_blocking=True)
+        if journey is not None and begun is not None:
+            journey.was_copied(slot.device, begun, stream)  # before anybody who waits for the copies goes on
         slot.filled(stream)
     return 0  # bytes read

@@ -7,11 +7,15 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 
 from ..pinned import ALIGNMENT
 from .ring import Ring, Slot
+
+if TYPE_CHECKING:
+    from .recorder import Journey
 
 MERGE_GAP = ALIGNMENT
 """Bytes between two weights in one piece of memory below which one copy takes both: no more than alignment costs."""
@@ -29,6 +33,8 @@ class Transfer:
     """Done when all that this machine's threads have to do for it is done; a device may still be copying."""
     bytes_read: int = 0
     bytes_copied: int = 0
+    journey: Journey | None = None
+    """Notes about it, while the model is recorded."""
 
     def begin(self, start: Callable[[], Future[int]]) -> None:
         """Have the slot written by other threads, as `start` starts them."""

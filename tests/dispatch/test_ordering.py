@@ -616,13 +616,20 @@ def unused_slot(_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def sending_at_once(_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`with stream:` remembers in the stream which one was current: two threads in one would swap theirs."""
     executor = Executor(Machine(Reader(), {torch.device("sim:0"): 1 << 16}))
-    both, original = threading.Barrier(2), DeviceSlot.filled
-    monkeypatch.setattr(DeviceSlot, "filled", lambda slot, stream: (both.wait(PATIENCE), original(slot, stream)))
+    both, one_left, original = threading.Barrier(2), threading.Event(), DeviceSlot.filled
+
+    def filled(slot: DeviceSlot, stream: torch.Stream) -> None:
+        if both.wait(PATIENCE) == 1:  # who came in last leaves last: the other way round, each might find its own
+            one_left.wait(PATIENCE)
+        original(slot, stream)
+
+    monkeypatch.setattr(DeviceSlot, "filled", filled)
 
     def send() -> None:
         weight, own = nn.Parameter(torch.ones(8).pin_memory()), torch.Stream(device="sim:0")
         with torch.no_grad(), own:
             with leased(executor, [weight], "sim:0"):
+                one_left.set()
                 assert torch.accelerator.current_stream("sim:0") == own
             assert torch.accelerator.current_stream("sim:0") == own
 

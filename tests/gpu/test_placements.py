@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 import hf_bigload
 from benchmarks.accelerator import opened
 from benchmarks.placements import EAGER, PLACEMENTS, Source, compare
+from hf_bigload.timeline import COMPUTE, COPY
 from tests.transformers_loader.models import CONFIGS, forward, save
 
 QUARTER = 0.25
@@ -74,3 +76,19 @@ def test_closing_gives_the_ring_back(source: Source, device: torch.device) -> No
     hf_bigload.inspect(model).close()
     torch.accelerator.empty_cache()
     assert torch.accelerator.memory_allocated(device) <= before
+
+
+@llama
+def test_a_recording_times_copies_and_computing_on_the_device(source: Source, device: torch.device) -> None:
+    model = hf_bigload.cpu_offload(source.plain(), device)
+    forward(model, device)
+    inspection = hf_bigload.inspect(model)
+    inspection.stats.reset()
+    with inspection.record() as timeline:
+        forward(model, device)
+    computing, copies = timeline.of(COMPUTE), timeline.of(COPY)
+    assert {span.device.partition(":")[0] for span in (*computing, *copies)} == {device.type}
+    assert all(one.end <= other.begin for one, other in pairwise(computing))
+    assert sum(span.nbytes for span in copies) == inspection.stats.bytes_copied > 0
+    arrived = {span.block: span.end for span in copies}
+    assert all(arrived.get(span.block, 0.0) <= span.begin for span in computing)
