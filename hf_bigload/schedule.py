@@ -76,7 +76,7 @@ def phases(blocks: Sequence[BlockSpec], workload: Workload) -> tuple[Phase, ...]
         groups.setdefault(block.calls, []).append(index)
     each, prompt = workload.batch_size, workload.batch_size * workload.context_length
     found = []
-    for calls, members in groups.items():
+    for calls, members in sorted(groups.items(), key=lambda group: group[0] is None):  # encoders run before decoders
         if calls is not None:
             found.append(Phase("encode" if calls == 1 else f"{calls} calls", tuple(members), calls, prompt))
             continue

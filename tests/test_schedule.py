@@ -49,7 +49,7 @@ def test_calls_that_are_not_followed_take_as_long_as_the_last() -> None:
 def test_an_encoder_runs_once_and_the_rest_once_for_the_prompt_and_once_per_token_after_it() -> None:
     found = phases([block("shared", 1), block("encoder", 1, calls=1), block("decoder", 1)], Workload(2, 100, 16))
     assert [(p.name, p.blocks, p.calls, p.tokens) for p in found] == [
-        ("prefill", (0, 2), 1, 200), ("decode", (0, 2), 15, 2), ("encode", (1,), 1, 200)
+        ("encode", (1,), 1, 200), ("prefill", (0, 2), 1, 200), ("decode", (0, 2), 15, 2)
     ]  # fmt: skip
 
 
