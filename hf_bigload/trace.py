@@ -157,7 +157,7 @@ def trace(model: nn.Module, spec: ModelSpec, request: Request, workload: Workloa
         Exception: whatever the model raises that cannot run without values, or takes too long (`TraceError`).
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    with mode, torch.no_grad(), torch.device("cpu"), _quiet():
+    with _by_itself(), mode:
         twin = fake_twin(model, spec)
         ahead = max(0, workload.new_tokens - 2)
         at_end = _Run(twin, spec, {}, alike)
@@ -212,12 +212,13 @@ def _fake(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Operators that cannot be run on fake tensors are no errors of anybody's."""
+def _by_itself() -> Iterator[None]:
+    """Whatever modes the caller is in; and operators that cannot run on fake tensors are no errors to be logged."""
     said = logging.getLogger("torch._subclasses.fake_tensor")
     said.addFilter(_nothing)
     try:
-        yield
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False), torch.device("cpu"):
+            yield
     finally:
         said.removeFilter(_nothing)
 

@@ -277,6 +277,17 @@ def test_what_is_asked_twice_is_traced_once(monkeypatch: pytest.MonkeyPatch) -> 
     assert needs(tiny_model(architecture("causal:llama"), seed=1)) is found
 
 
+@pytest.mark.parametrize(
+    "mode", [torch.inference_mode, torch.enable_grad, lambda: torch.autocast("cpu"), lambda: torch.device("meta")]
+)
+def test_figures_do_not_depend_on_where_they_are_asked_for(mode: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model(architecture("causal:llama"))
+    found = needs(model)
+    monkeypatch.setattr(module, "_known", {})
+    with mode():
+        assert needs(model) == found
+
+
 def test_figures_are_of_the_dtype_that_is_loaded() -> None:
     model = tiny_model(architecture("causal:llama"))
     half = model_spec(model, loaded_as=lambda _, t: ("bfloat16", 2 * t.numel()))
