@@ -32,7 +32,7 @@ def main() -> None:
     print(f"every parameter is on the meta device: {all(p.is_meta for p in model.parameters())}")
 
     # What the real weights would need, and what would become of them on a machine with 64 GB of RAM.
-    print(f"its weights would be {hf_bigload.estimate(model)[''] / GB:.0f} GB")
+    print(f"its weights would be {hf_bigload.estimate(model).weights[''] / GB:.0f} GB")
     plan = hf_bigload.plan(model, max_memory={"cpu": "64GB"})
     print(f"with 64 GB of RAM: {plan.used['cpu'] / GB:.0f} GB in RAM, {plan.used['disk'] / GB:.0f} GB read from disk")
 

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from hf_bigload.flow import estimate, inspect, plan
     from hf_bigload.plugin import disable, enable
     from hf_bigload.registry import Loader, register_loader
+    from hf_bigload.settings import workload
 
 __version__ = "0.1.0"
 
@@ -52,11 +53,13 @@ __all__ = [
     "load_checkpoint_in_model",
     "plan",
     "register_loader",
+    "workload",
 ]
 
 _NAMES = {
     "plugin": ("disable", "enable", "load_ipython_extension", "unload_ipython_extension"),
     "registry": ("Loader", "register_loader"),
+    "settings": ("workload",),
     "flow": ("estimate", "inspect", "plan"),
     "big_modeling": (
         "cpu_offload",

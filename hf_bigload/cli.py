@@ -1,6 +1,6 @@
 """The command `hf-bigload`. Each group of commands is a `typer.Typer` of its own; none imports torch before it must.
 
-hf-bigload estimate REPO_OR_PATH [--dtype D] [--json]
+hf-bigload estimate REPO_OR_PATH [--dtype D] [--batch N] [--context N] [--new-tokens N] [--json]
 hf-bigload plan REPO_OR_PATH [--dtype D] [--device SIZE]... [--ram SIZE] [--batch|--context|--new-tokens N] [--json]
 hf-bigload doctor [--fresh] [--json]
 hf-bigload cache ls [--json]
@@ -27,6 +27,7 @@ from hf_bigload.checkpoint import spill_cache
 from hf_bigload.checkpoint.spill_cache import EntryInfo
 from hf_bigload.describe import FLOATING, Description, describe
 from hf_bigload.errors import BigloadError, BudgetError, human_bytes
+from hf_bigload.estimate import Estimate
 from hf_bigload.planner import make_plan_with_room
 from hf_bigload.specs import CPU, DISK, Hardware, ModelSpec, Needs, Plan, Workload
 
@@ -79,16 +80,34 @@ Context = Annotated[int | None, typer.Option(min=1, help="Tokens of each sequenc
 NewTokens = Annotated[int | None, typer.Option(min=1, help="Tokens to generate for each sequence.")]
 
 
-@app.command()
-def estimate(model: Model, dtype: Dtype = None, revision: Revision = None, as_json: AsJson = False) -> None:
-    """What a model's weights take once loaded, block by block. No weights are downloaded."""
+@app.command("estimate")
+def estimate_(
+    model: Model,
+    dtype: Dtype = None,
+    revision: Revision = None,
+    batch: Batch = None,
+    context: Context = None,
+    new_tokens: NewTokens = None,
+    as_json: AsJson = False,
+) -> None:
+    """What a model takes once loaded, block by block, and what a request takes. No weights are downloaded."""
     found = _described(model, dtype, revision)
+    figures = Estimate(found.repository.name, found.spec, found.needs(_workload(batch, context, new_tokens)))
     if as_json:
-        typer.echo(json.dumps(_description_as_json(found), indent=2))
+        typer.echo(json.dumps(_description_as_json(found) | _estimate_as_json(figures), indent=2))
         return
     _say_description(found)
-    _console().print(report.kinds_table(found.spec.blocks))
-    typer.echo("Weights alone: a run needs memory for activations and its cache of keys and values besides.")
+    _console().print(report.estimate_view(figures))
+
+
+def _estimate_as_json(figures: Estimate) -> dict[str, Any]:
+    names = ("weights", "buffers", "cache", "activations", "total", "method", "error")
+    return {
+        "workload": dataclasses.asdict(figures.needs.workload),
+        **{name: getattr(figures, name) for name in names},
+        "cache_by_block": dict(figures.needs.cache),
+        "operations_by_block": dict(figures.needs.operations),
+    }
 
 
 @app.command()

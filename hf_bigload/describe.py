@@ -6,7 +6,6 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
 from itertools import groupby
 
 from . import registry
@@ -63,8 +62,8 @@ def describe(name: str | os.PathLike[str], dtype: str | None = None, revision: s
             f"of its config ({kind}). Install or update transformers, or use a safetensors version of this model."
         )
     spec = spec_from_headers(repository.stored, dtype)
-    bounded = partial(bound, spec, config=repository.config)
-    return Description(repository, spec, from_class=False, needs=bounded)
+    config = repository.config
+    return Description(repository, spec, from_class=False, needs=lambda workload: bound(spec, workload, config))
 
 
 def spec_from_headers(stored: Mapping[str, TensorSpec], dtype: str | None = None) -> ModelSpec:

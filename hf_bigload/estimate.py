@@ -1,6 +1,6 @@
 """What a model takes, as figures: weights, buffers, what a request remembers and computes with. No torch.
 
-A traced model (`trace.py`) gives the figures of a request exactly. `bound` stands in where a model cannot be traced.
+The figures of a request come from a trace (`trace.py`); `bound` stands in where a model cannot be traced.
 """
 
 from __future__ import annotations
@@ -8,32 +8,94 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 from typing import Any
 
+from . import report
 from .specs import DTYPE_BYTES, BlockSpec, ModelSpec, Needs, TensorSpec, Workload
 
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a model and a request to it take, in bytes. `str` of it is a table."""
+
+    name: str
+    spec: ModelSpec
+    needs: Needs
+
+    @cached_property
+    def weights(self) -> Mapping[str, int]:
+        """By top-level part ("" is the whole), as they will be once loaded; tied ones once, buffers left out."""
+        parts: Counter[str] = Counter({"": 0})
+        for block in self.spec.blocks:
+            for tensor in block.tensors:
+                if not tensor.is_buffer:
+                    parts[""] += tensor.nbytes
+                    parts[tensor.name.partition(".")[0]] += tensor.nbytes
+        return dict(parts)
+
+    @property
+    def buffers(self) -> int:
+        return sum(block.buffer_bytes for block in self.spec.blocks)
+
+    @property
+    def cache(self) -> int:
+        """Of all blocks, at the end of the request. By block: `needs.cache`."""
+        return sum(self.needs.cache.values())
+
+    @property
+    def activations(self) -> int:
+        """At once, at the peak of a call, on the device that computes."""
+        return self.needs.activations
+
+    @property
+    def total(self) -> int:
+        """On one device that holds everything. The runtime's own memory is not in it."""
+        return self.spec.nbytes + self.cache + self.activations
+
+    @property
+    def method(self) -> str:
+        """Of cache and activations: "trace", "bound", or "none" for a model that no loader knows how to call."""
+        return self.needs.method
+
+    @property
+    def error(self) -> float:
+        """How far activations may be from what is measured, as a share; see `specs.Needs.error`."""
+        return self.needs.error
+
+    def __str__(self) -> str:
+        return report.estimate_table(self)
+
+
 FP32_BYTES = 4
+BOUND_ERROR = 4.0
+"""Bounds of activations of language models were up to five times what a trace gave (tests/test_trace.py)."""
+_STATES = 16
+"""Per channel, for each token: larger states are computed in chunks."""
 _EXPERT = re.compile(r"(^|[._])experts?([._]|$)")
 
 
-def bound(spec: ModelSpec, workload: Workload, config: Mapping[str, Any] | None = None) -> Needs:
+def bound(spec: ModelSpec, workload: Workload, config: Mapping[str, Any] | None = None, *, fused: bool = True) -> Needs:
     """What a request of a transformer takes at most, from its weights' shapes and its config.
 
-    - Activations: all that the weights of the block with the most outputs put out for the whole context (an embedding:
-      its rows; experts: as many as a token is sent to), and the hidden state four times, in the weights' dtype and in
-      fp32 at once; the scores of attention, as if they were not fused, likewise.
+    - Activations: all that the weights of the block with the most outputs put out for the whole context (experts: as
+      many as a token is sent to), and the hidden state four times, each in the weights' dtype and in fp32; twice that
+      for the scores of attention, unless it is `fused`, and for the states of a state space.
     - Cache: keys and values of every block that runs for each token, for each attention head that has them; beside an
       encoder, those of the context too.
     - Operations: two per weight and token.
+
+    Attention over parts, states and latent keys take less cache than this.
     """
     shape = _Shape(spec, dict(config or {}))
     batch, context = workload.batch_size, workload.context_length
     prompt, end = batch * context, batch * (context + workload.new_tokens)
     width = DTYPE_BYTES.get(shape.dtype, FP32_BYTES)
     outputs = max((shape.outputs(block) for block in spec.blocks), default=0)
-    values = prompt * (outputs + 4 * shape.hidden) + prompt * context * shape.heads
+    scores = 0 if fused and shape.fusible else context * shape.heads
+    values = prompt * (outputs + 4 * shape.hidden + 2 * scores + 4 * shape.hidden * shape.states)
     if any(not block.prompt for block in spec.blocks):
         end += prompt
     per_token = [b for b in spec.blocks if b.whole and b.calls is None]
@@ -44,7 +106,7 @@ def bound(spec: ModelSpec, workload: Workload, config: Mapping[str, Any] | None 
         cache={name: size for name, size in cache.items() if size},
         operations={b.name: shape.operations(b, workload) for b in spec.blocks if not b.gathers and b.elements},
         method="bound",
-        error=1.0,
+        error=BOUND_ERROR,
     )
 
 
@@ -55,6 +117,7 @@ class _Shape:
         text: Mapping[str, Any] = next((config[n] for n in ("text_config", "llm_config") if config.get(n)), {})
         self.config = {**config, **dict(text)}
         self.spec = spec
+        self.shapes = {t.name: t.shape for block in spec.blocks for t in block.tensors}
 
     @cached_property
     def dtype(self) -> str:
@@ -74,11 +137,23 @@ class _Shape:
     def heads(self) -> int:
         return self._first("num_attention_heads", "n_head", "num_heads", "n_heads", "encoder_attention_heads") or 1
 
+    @cached_property
+    def states(self) -> int:
+        """Values that a state space has for each of its channels."""
+        return min(self._first("state_size", "mamba_d_state", "ssm_state_size") or 0, _STATES)
+
+    @property
+    def fusible(self) -> bool:
+        """Attention with a learned bias, or with values of another width than keys, has its scores in memory."""
+        return not {"relative_attention_num_buckets", "v_head_dim"} & self.config.keys()
+
     def outputs(self, block: BlockSpec) -> int:
         """Values that the weights of a block put out for one token, all of them together."""
         if block.gathers:
             return max((t.shape[-1] for t in block.tensors if t.shape), default=0)
-        return sum(int(prod(t.shape[:-1]) * self._share(t)) for t in _matrices(block))
+        own = sum(int(prod(t.shape[:-1]) * self._share(t)) for t in _matrices(block))
+        borrowed = (self.shapes.get(name, ()) for name in block.borrows)
+        return own + sum(prod(shape[:-1]) for shape in borrowed if len(shape) > 1)
 
     def key_width(self, block: BlockSpec) -> int:
         """Values of a token's keys: all of the heads that have them."""

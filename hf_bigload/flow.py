@@ -9,28 +9,32 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, TypeVar
 
+import torch
 from torch import nn
 
 from . import bandwidth, hardware, pictures, report, settings
 from .checkpoint.index import open_checkpoint
 from .checkpoint.reader import Reader, layout
+from .checkpoint.repository import CONFIG_NAME
+from .describe import FLOATING, describe, spec_from_headers
 from .device_map import missing_from, normalize_devices, resolve
 from .dispatch.attach import attach, attachment_of, detach, resident_plan
 from .dispatch.executor import Executor, Machine, Stats
 from .dispatch.recording import record
-from .errors import DeviceMapError
-from .estimate import bound
+from .errors import DeviceMapError, DtypeError
+from .estimate import Estimate, bound
 from .hardware import torch_device
 from .materialize import Materializer
 from .pinned import ALIGNMENT
 from .planner import STRATEGIES, follow_map, make_plan_with_room
-from .skeleton import LoadedAs, model_spec
-from .specs import CPU, DISK, Hardware, LoadRequest, ModelSpec, Needs, Plan, Workload
+from .skeleton import LoadedAs, as_it_is, model_spec
+from .specs import CPU, DISK, Hardware, LoadRequest, ModelSpec, Needs, Plan, TensorSpec, Workload
 from .timeline import Timeline
 from .trace import needs_of
 
@@ -53,19 +57,39 @@ def plan_model(
         BudgetError: no placement keeps the budgets.
     """
     spec = model_spec(model, request.no_split, ties, loaded_as)
-    max_memory = request.max_memory if request.max_memory is not None else settings.current().max_memory
-    budget = hardware.probe(max_memory)
-    budget = replace(budget, speeds=bandwidth.speeds(next(iter(budget.devices), CPU)))
-    if isinstance(request.device_map, str) and request.device_map in STRATEGIES:
-        plan = _best(model, spec, request, budget, asked_for=max_memory is not None)
-    else:
-        plan = _follow(model, spec, request, budget)
+    to_dict = getattr(getattr(model, "config", None), "to_dict", dict)
+    plan = _plan(spec, request, partial(needs_of, model, spec), to_dict())
+    if not _chosen_here(request):
+        _warn_unknown_modules(model, as_map(request.device_map))
     if settings.current().explain:
         print(report.plan_table(plan, type(model).__name__), file=sys.stderr)
     return plan
 
 
-def _best(model: nn.Module, spec: ModelSpec, request: LoadRequest, budget: Hardware, asked_for: bool) -> Plan:
+def _chosen_here(request: LoadRequest) -> bool:
+    return isinstance(request.device_map, str) and request.device_map in STRATEGIES
+
+
+def _plan(spec: ModelSpec, request: LoadRequest, needs_for: NeedsFor, config: Mapping[str, Any]) -> Plan:
+    max_memory = request.max_memory if request.max_memory is not None else settings.current().max_memory
+    budget = hardware.probe(max_memory)
+    budget = replace(budget, speeds=bandwidth.speeds(next(iter(budget.devices), CPU)))
+    if _chosen_here(request):
+        return _best(spec, request, budget, max_memory is not None, needs_for, config)
+    return _follow(spec, request, budget)
+
+
+NeedsFor = Callable[[Workload], Needs]
+
+
+def _best(
+    spec: ModelSpec,
+    request: LoadRequest,
+    budget: Hardware,
+    asked_for: bool,
+    needs_for: NeedsFor,
+    config: Mapping[str, Any],
+) -> Plan:
     """The planner's choice, with room for what a request takes beside the weights.
 
     Budgets that were `asked_for` are for weights and rings, as Accelerate documents `max_memory`, unless a workload was
@@ -73,8 +97,8 @@ def _best(model: nn.Module, spec: ModelSpec, request: LoadRequest, budget: Hardw
     """
     named = settings.current().workload
     needs = Needs(named or Workload())
-    if (named or not asked_for) and not _has_room(model, spec, budget, needs.workload):
-        needs = needs_of(model, spec, needs.workload)
+    if (named or not asked_for) and not _has_room(spec, budget, bound(spec, needs.workload, config)):
+        needs = needs_for(needs.workload)
     return make_plan_with_room(
         spec,
         budget,
@@ -86,26 +110,20 @@ def _best(model: nn.Module, spec: ModelSpec, request: LoadRequest, budget: Hardw
     )
 
 
-def _has_room(model: nn.Module, spec: ModelSpec, budget: Hardware, workload: Workload) -> bool:
+def _has_room(spec: ModelSpec, budget: Hardware, most: Needs) -> bool:
     """Whether everything fits on one device even with the most that a request could take: no trace is needed then."""
     room = max(budget.devices.values(), default=budget.ram)
-    if spec.nbytes > room:
-        return False
-    to_dict = getattr(getattr(model, "config", None), "to_dict", dict)
-    most = bound(spec, workload, to_dict())
     return spec.nbytes + most.activations + sum(most.cache.values()) <= room
 
 
-def _follow(model: nn.Module, spec: ModelSpec, request: LoadRequest, budget: Hardware) -> Plan:
+def _follow(spec: ModelSpec, request: LoadRequest, budget: Hardware) -> Plan:
     device_map = {k: hardware.device_name(v) for k, v in normalize_devices(as_map(request.device_map)).items()}
     _check_covered(spec, device_map)
     placed = [name for name in dict.fromkeys(device_map.values()) if name not in (CPU, DISK)]
     main = hardware.device_name(request.main_device) if request.main_device is not None else next(iter(placed), CPU)
-    plan = follow_map(
+    return follow_map(
         spec, lambda name: resolve(device_map, name), main, budget, request.offload_buffers, hardware.map_value
     )
-    _warn_unknown_modules(model, device_map)
-    return plan
 
 
 def as_map(device_map: Any) -> dict[str, Any]:
@@ -254,26 +272,55 @@ def inspect(model: nn.Module) -> Inspection:
     return Inspection(model, plan, Stats() if attachment is None else attachment.stats)
 
 
-def plan(model: nn.Module, device_map: Any = "auto", max_memory: Any = None, **options: Any) -> Plan:
-    """The plan that `device_map` and `max_memory` would give `model`, which may be on the meta device.
+Name = str | os.PathLike[str]
+"""Of a model on the Hub, or a folder."""
+
+
+def plan(model: nn.Module | Name, device_map: Any = "auto", max_memory: Any = None, **options: Any) -> Plan:
+    """The plan that `device_map` and `max_memory` would give `model`: a module, which may be on the meta device, or the
+    name of one on the Hub or of a folder, of which no weights are read.
 
     `options` are the other fields of `specs.LoadRequest`.
     """
-    return plan_model(model, LoadRequest(device_map=device_map, max_memory=max_memory, **options))
-
-
-def estimate(model: nn.Module | str | os.PathLike[str]) -> dict[str, int]:
-    """Bytes of weights by top-level part ("" is the whole) of a model, or of a checkpoint from its headers."""
+    request = LoadRequest(device_map=device_map, max_memory=max_memory, **options)
     if isinstance(model, nn.Module):
-        sizes = {t.name: t.nbytes for block in model_spec(model).blocks for t in block.tensors}
-    else:
-        sizes = {name: entry.nbytes for name, entry in open_checkpoint(model).entries.items()}
-    return _by_part(sizes)
+        return plan_model(model, request)
+    found = describe(model)
+    return _plan(found.spec, request, found.needs, found.repository.config)
 
 
-def _by_part(sizes: Mapping[str, int]) -> dict[str, int]:
-    parts = {"": sum(sizes.values())}
-    for name, size in sizes.items():
-        part = name.partition(".")[0]
-        parts[part] = parts.get(part, 0) + size
-    return parts
+def estimate(model: nn.Module | Name, workload: Workload | None = None, dtype: Any = None) -> Estimate:
+    """What a model takes: its weights, and what a request remembers and computes with. No weights are read.
+
+    Args:
+        model: a module, which may be on the meta device; or a name on the Hub, or a folder.
+        workload: None: the one in force (`hf_bigload.workload`), else the default one.
+        dtype: what floating weights are loaded in (torch.bfloat16, or its name); None: as they are, or as the library
+            chooses it.
+
+    Raises:
+        RepositoryError, CheckpointError, DtypeError: see `describe.describe`.
+    """
+    asked = workload or settings.current().workload or Workload()
+    name = None if dtype is None else str(dtype).removeprefix("torch.")
+    if not isinstance(model, nn.Module):
+        if os.path.exists(model) and not os.path.exists(os.path.join(model, CONFIG_NAME)):
+            return Estimate(os.fspath(model), _spec_of_files(model, name), Needs(asked))
+        found = describe(model, name)
+        return Estimate(found.repository.name, found.spec, found.needs(asked))
+    spec = model_spec(model, loaded_as=as_it_is if name is None else _cast_to(name))
+    return Estimate(type(model).__name__, spec, needs_of(model, spec, asked))
+
+
+def _spec_of_files(path: Name, dtype: str | None) -> ModelSpec:
+    """A checkpoint that has no config: what its headers say."""
+    entries = open_checkpoint(path).entries
+    stored = {name: TensorSpec(name, e.nbytes, e.dtype, e.shape) for name, e in entries.items()}
+    return spec_from_headers(stored, dtype)
+
+
+def _cast_to(name: str) -> LoadedAs:
+    if name not in FLOATING:
+        raise DtypeError(f"Weights cannot be loaded in dtype {name!r}: choose one of {', '.join(FLOATING)}.")
+    dtype: torch.dtype = getattr(torch, name)
+    return lambda leaf, t: (name, t.numel() * dtype.itemsize) if t.is_floating_point() else as_it_is(leaf, t)

@@ -19,11 +19,12 @@ from rich.table import Table
 from rich.text import Text
 
 from .errors import human_bytes
-from .specs import CPU, DISK, BlockSpec, PhaseTime, Placement, Plan
+from .specs import CPU, DISK, BlockSpec, Needs, PhaseTime, Placement, Plan
 from .timeline import Timeline
 
 if TYPE_CHECKING:
     from .doctor import Diagnosis
+    from .estimate import Estimate
 
 
 def plan_table(plan: Plan, title: str = "model") -> str:
@@ -219,17 +220,50 @@ def human_seconds(seconds: float) -> str:
 # ---------------------------------------------------------------- estimates
 
 
-def kinds_table(blocks: Sequence[BlockSpec]) -> Table:
+def estimate_view(estimate: Estimate) -> Group:
+    """What a model and a request take: the table of its blocks, and what that comes to."""
+    return Group(kinds_table(estimate.spec.blocks, estimate.needs), _sums(estimate))
+
+
+def estimate_table(estimate: Estimate) -> str:
+    """The same as text."""
+    table = kinds_table(estimate.spec.blocks, estimate.needs)
+    table.title, table.title_justify = f"hf_bigload estimate of {estimate.name}", "left"
+    return _as_text([table, _sums(estimate)])
+
+
+def kinds_table(blocks: Sequence[BlockSpec], needs: Needs) -> Table:
     """Blocks of an unplaced model; those whose names differ in numbers only are one row."""
-    kinds: dict[str, list[int]] = {}
+    kinds: dict[str, list[BlockSpec]] = {}
     for block in blocks:
-        kinds.setdefault(re.sub(r"(?<![^.])\d+(?![^.])", "*", block.name) or "(root)", []).append(block.nbytes)
+        kinds.setdefault(re.sub(r"(?<![^.])\d+(?![^.])", "*", block.name) or "(root)", []).append(block)
     table = Table()
-    for column in ("blocks", "number", "largest", "together"):
+    for column in ("blocks", "number", "largest", "together", "cache"):
         table.add_column(column, justify="left" if column == "blocks" else "right")
-    for name, sizes in kinds.items():
-        if sum(sizes):
-            table.add_row(name, str(len(sizes)), human_bytes(max(sizes)), human_bytes(sum(sizes)))
+    for name, members in kinds.items():
+        sizes = [block.nbytes for block in members]
+        cache = sum(needs.cache.get(block.name, 0) for block in members)
+        if sum(sizes) or cache:
+            figures = (human_bytes(max(sizes)), human_bytes(sum(sizes)), human_bytes(cache) if cache else "-")
+            table.add_row(name, str(len(sizes)), *figures)
+    return table
+
+
+def _sums(estimate: Estimate) -> Table:
+    needs, workload = estimate.needs, estimate.needs.workload
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_column(justify="right")
+    table.add_column()
+    table.add_row(human_bytes(estimate.weights[""]), "weights")
+    table.add_row(human_bytes(estimate.buffers), "buffers")
+    if needs.method == "none":
+        table.add_row("?", "cache and activations: it is not known how this model is called")
+        return table
+    request = f"{workload.batch_size} x ({workload.context_length} + {workload.new_tokens}) tokens"
+    how = f"traced, within {needs.error:.0%}" if needs.method == "trace" else "at most: it could not be traced"
+    table.add_row(human_bytes(estimate.cache), f"cache at the end of {request}")
+    table.add_row(human_bytes(estimate.activations), f"activations at their peak ({how})")
+    table.add_row(human_bytes(estimate.total), "together, beside the runtime itself")
     return table
 
 

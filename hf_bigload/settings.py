@@ -54,13 +54,48 @@ _in_force: Settings | None = None
 
 def current() -> Settings:
     """The settings of this process: what the plugin was enabled with, over the environment's."""
-    return _in_force or from_environment()
+    found = _in_force or from_environment()
+    return found if _workload is None else replace(found, workload=_workload)
 
 
 def put_in_force(settings: Settings | None) -> None:
     """Make `settings` current for the whole process; None goes back to the environment's. The plugin's to call."""
     global _in_force
     _in_force = settings
+
+
+_workload: Workload | None = None
+
+
+class NamedWorkload:
+    """What `workload` named. As a context manager it ends with the block, and what was named before is back."""
+
+    def __init__(self, named: Workload, before: Workload | None) -> None:
+        self.workload = named
+        self._before = before
+
+    def __enter__(self) -> Workload:
+        return self.workload
+
+    def __exit__(self, *_: object) -> None:
+        global _workload
+        _workload = self._before
+
+
+def workload(batch_size: int = 1, context_length: int = 2048, new_tokens: int = 128) -> NamedWorkload:
+    """From here on, plans count on requests of `batch_size` sequences, each with `context_length` tokens given and
+    `new_tokens` to generate: they leave room for what such a request remembers and computes with.
+
+    For the whole process, over the environment's HF_BIGLOAD_WORKLOAD; with the plugin on or off.
+
+    Returns a context manager, for those who want it to end with a block.
+
+    Raises ValueError for what is no positive integer; nothing is changed then.
+    """
+    global _workload
+    named = NamedWorkload(checked_workload(Workload(batch_size, context_length, new_tokens)), _workload)
+    _workload = named.workload
+    return named
 
 
 def overrides(

@@ -15,11 +15,10 @@ import contextlib
 import functools
 import logging
 import re
-import time
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import torch
@@ -36,14 +35,24 @@ logger = logging.getLogger(__name__)
 
 ERROR = 0.05
 """Of measured peaks of tiny models, traces were no farther than this (tests/test_trace.py)."""
-LONGEST = 200_000
-"""Operators in a trace: some ten seconds. A model that computes token by token in Python may take more."""
+EXTRAPOLATION_ERROR = 0.25
+"""The same, of models whose layers loop over tokens in Python, traced with little text."""
+LONGEST = 6_000
+"""Operators in a call where one block of each kind runs: some tenths of a second. A loop over tokens takes more."""
+LONGEST_WHOLE = 40_000
+"""Where every block runs."""
+_SHORT = (16, 32)
+"""Tokens that stand for more of them."""
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
 
 class TraceError(RuntimeError):
     """The model cannot be traced."""
+
+
+class TooLong(TraceError):
+    """A call takes more operators than a trace should."""
 
 
 @dataclass(frozen=True)
@@ -67,8 +76,11 @@ def needs_of(model: nn.Module, spec: ModelSpec, workload: Workload | None = None
         workload: None: the one in force (`hf_bigload.workload`), else the default one.
     """
     workload = workload or settings.current().workload or Workload()
-    request = registry.request(model, workload)
-    if request is None:
+
+    def request(asked: Workload) -> Any:
+        return registry.request(model, asked)
+
+    if request(workload) is None:
         return Needs(workload)
     key = _identity(model, spec, workload)
     if key not in _known:
@@ -89,18 +101,51 @@ def _identity(model: nn.Module, spec: ModelSpec, workload: Workload) -> Any:
     return type(model), workload, repr(getattr(config, "__dict__", config)), tensors
 
 
-def _traced(model: nn.Module, spec: ModelSpec, request: Request, workload: Workload) -> Needs:
-    started = time.perf_counter()
-    for alike in (True, False):
+def _traced(model: nn.Module, spec: ModelSpec, request: _Requests, workload: Workload) -> Needs:
+    """One block of each kind; every block, where the model wants all of them; little text, where all takes too long."""
+    short = False
+    for attempt in (_alike, _every_block, _extrapolated):
+        if short and attempt is not _extrapolated:
+            continue
         try:
-            needs = trace(model, spec, request, workload, alike)
+            return attempt(model, spec, request, workload)
         except Exception as error:  # noqa: BLE001 - whatever a model raises without values
             logger.info("no trace of %s (%s): %s", type(model).__name__, type(error).__name__, error)
-            continue
-        logger.debug("%s traced in %.2f s", type(model).__name__, time.perf_counter() - started)
-        return needs
-    to_dict = getattr(getattr(model, "config", None), "to_dict", dict)
-    return bound(spec, workload, to_dict())
+            short = isinstance(error, TooLong)
+    config = getattr(model, "config", None)
+    fields: Mapping[str, Any] = getattr(config, "to_dict", dict)()
+    return bound(spec, workload, fields, fused=getattr(config, "_attn_implementation", "") != "eager")
+
+
+_Requests = Callable[[Workload], Request]
+
+
+def _alike(model: nn.Module, spec: ModelSpec, request: _Requests, workload: Workload) -> Needs:
+    return trace(model, spec, request(workload), workload)
+
+
+def _every_block(model: nn.Module, spec: ModelSpec, request: _Requests, workload: Workload) -> Needs:
+    return trace(model, spec, request(workload), workload, alike=False)
+
+
+def _extrapolated(model: nn.Module, spec: ModelSpec, request: _Requests, workload: Workload) -> Needs:
+    """From two short texts, along a line: what is computed token by token grows so."""
+    short, longer = (replace(workload, context_length=length, new_tokens=2) for length in _SHORT)
+    a, b = (trace(model, spec, request(each), each) for each in (short, longer))
+
+    def at(length: int, first: float, second: float) -> float:
+        return max(second, first + (second - first) * (length - _SHORT[0]) / (_SHORT[1] - _SHORT[0]))
+
+    context, end = workload.context_length, workload.context_length + workload.new_tokens - 2
+    none = (0.0, 0.0)
+    return Needs(
+        workload,
+        round(at(context, a.activations, b.activations)),
+        {name: round(at(end, a.cache.get(name, 0), size)) for name, size in b.cache.items()},
+        {n: (at(context, a.operations.get(n, none)[0], first), step) for n, (first, step) in b.operations.items()},
+        "trace",
+        EXTRAPOLATION_ERROR,
+    )
 
 
 def trace(model: nn.Module, spec: ModelSpec, request: Request, workload: Workload, alike: bool = True) -> Needs:
@@ -112,7 +157,7 @@ def trace(model: nn.Module, spec: ModelSpec, request: Request, workload: Workloa
         Exception: whatever the model raises that cannot run without values, or takes too long (`TraceError`).
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    with mode, torch.no_grad(), torch.device("cpu"), _quiet():
+    with _by_itself(), mode:
         twin = fake_twin(model, spec)
         ahead = max(0, workload.new_tokens - 2)
         at_end = _Run(twin, spec, {}, alike)
@@ -167,12 +212,13 @@ def _fake(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Operators that cannot be run on fake tensors are no errors of anybody's."""
+def _by_itself() -> Iterator[None]:
+    """Whatever modes the caller is in; and operators that cannot run on fake tensors are no errors to be logged."""
     said = logging.getLogger("torch._subclasses.fake_tensor")
     said.addFilter(_nothing)
     try:
-        yield
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False), torch.device("cpu"):
+            yield
     finally:
         said.removeFilter(_nothing)
 
@@ -200,13 +246,19 @@ class Meter(TorchDispatchMode):
     `peak` leaves out what blocks keep beyond their own call, up to `remembered` bytes of each (what is planned for).
     """
 
-    def __init__(self, weights: Iterable[torch.Tensor] = (), remembered: Mapping[str, int] | None = None) -> None:
+    def __init__(
+        self,
+        weights: Iterable[torch.Tensor] = (),
+        remembered: Mapping[str, int] | None = None,
+        longest: int = LONGEST_WHOLE,
+    ) -> None:
         super().__init__()
+        self._longest = longest
         self.peak = 0
         self.kept: Counter[str] = Counter()
         self.operations: Counter[str] = Counter()
         self.owner = ""
-        self._live = self._excess = self._operators = 0
+        self._live = self._excess = self.operators = 0
         self._remembered = remembered or {}
         self._storages: dict[int, _Storage | None] = {t.untyped_storage()._cdata: None for t in weights}
         self._made: list[_Storage] = []
@@ -214,9 +266,9 @@ class Meter(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kernel = _KERNELS.get(func)
         out = func(*args, **(kwargs or {})) if kernel is None else kernel(func, *args, **(kwargs or {}))
-        self._operators += 1
-        if self._operators > LONGEST:
-            raise TraceError(f"it takes more than {LONGEST} operators")
+        self.operators += 1
+        if self.operators > self._longest:
+            raise TooLong(f"a call takes more than {self._longest} operators")
         for tensor in out if isinstance(out, tuple | list) else (out,):
             if isinstance(tensor, torch.Tensor):
                 self._see(tensor)
@@ -324,7 +376,7 @@ class _Run:
 
     def __init__(self, twin: nn.Module, spec: ModelSpec, remembered: Mapping[str, int], alike: bool) -> None:
         self.twin = twin
-        self.meter = Meter((*twin.parameters(), *twin.buffers()), remembered)
+        self.meter = Meter((*twin.parameters(), *twin.buffers()), remembered, LONGEST if alike else LONGEST_WHOLE)
         self.remembered: dict[str, int] = {}
         self._taken: dict[Any, _Taken] = {}
         self._depth = 0
@@ -347,6 +399,7 @@ class _Run:
 
     def _call(self, call: Callable[[Any, Any], Any], given: Any) -> Any:
         since = self.meter.made
+        self.meter.operators = 0
         with self.meter:
             held = call(self.twin, given)
         self._taken.clear()

@@ -135,6 +135,17 @@ def test_an_estimate_names_the_blocks_and_their_bytes(model: str) -> None:
     assert content["architectures"] == ["LlamaForCausalLM"] and content["download_bytes"] == 0
 
 
+def test_an_estimate_counts_what_a_request_takes(model: str) -> None:
+    workload = ("--batch", "2", "--context", "64", "--new-tokens", "8")
+    assert "cache at the end of 2 x (64 + 8) tokens" in run("estimate", model, *workload).stdout
+    content = json.loads(run("estimate", model, "--json", *workload).stdout)
+    assert content["workload"] == {"batch_size": 2, "context_length": 64, "new_tokens": 8}
+    assert content["cache"] == 2 * 4 * 2 * 71 * 64 * 4 == sum(content["cache_by_block"].values())
+    assert content["method"] == "trace" and content["activations"] > 0
+    parts = ("buffers", "cache", "activations")
+    assert content["total"] == content["weights"][""] + sum(content[name] for name in parts)
+
+
 def test_a_dtype_changes_the_estimate(model: str) -> None:
     full, half = (
         json.loads(run("estimate", model, "--json", "--dtype", dtype).stdout) for dtype in ("float32", "bfloat16")

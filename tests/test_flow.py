@@ -35,7 +35,8 @@ def test_a_plan_that_cannot_be_is_refused(net: nn.Module) -> None:
 def test_an_estimate_gives_bytes_by_part_of_a_model_or_of_files(net: nn.Module, tmp_path: Path) -> None:
     save_file(net.state_dict(), tmp_path / "model.safetensors")
     expected = {"": 4 * LAYER_BYTES, **{str(i): LAYER_BYTES for i in range(4)}}
-    assert hf_bigload.estimate(net) == hf_bigload.estimate(tmp_path) == expected
+    assert hf_bigload.estimate(net).weights == hf_bigload.estimate(tmp_path).weights == expected
+    assert hf_bigload.estimate(tmp_path, dtype=torch.bfloat16).weights[""] == 2 * LAYER_BYTES
 
 
 def test_a_streamed_model_tells_its_plan_and_what_it_read(net: nn.Module) -> None:

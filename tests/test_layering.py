@@ -41,6 +41,7 @@ WITHOUT_TORCH = [
     "hf_bigload.describe",
     "hf_bigload.doctor",
     "hf_bigload.errors",
+    "hf_bigload.estimate",
     "hf_bigload.hardware",
     "hf_bigload.pictures",
     "hf_bigload.planner",

@@ -43,6 +43,8 @@ class _Decoder:
         return Request(self.first, self.step)
 
     def first(self, model: Any, ahead: int) -> Any:
+        if _sees(model):
+            model.get_image_features(_pictures(model.config.vision_config, self.batch, model.dtype))
         tokens = _within(model, self.context, ahead)
         return _keep(_call(model, input_ids=_ids(self.batch, tokens)))
 
@@ -95,13 +97,26 @@ def _prompt(model: Any, batch: int, context: int) -> dict[str, torch.Tensor]:
     if name == "input_ids":
         return {name: _ids(batch, _within(model, context, 0))}
     if name == "pixel_values":
-        return {name: torch.zeros(batch, *_picture(config), dtype=model.dtype)}
+        return {name: _pictures(config, batch, model.dtype)}
     if name == "input_features":
         return {name: torch.zeros(batch, config.num_mel_bins, 2 * config.max_source_positions, dtype=model.dtype)}
     raise NotImplementedError(f"{type(model).__name__} takes {name}: not known how much of it")
 
 
-def _picture(config: Any) -> tuple[int, int, int]:
+def _pictures(config: Any, batch: int, dtype: torch.dtype) -> torch.Tensor:
+    """One for each sequence."""
     size = config.image_size
     height, width = size if isinstance(size, tuple | list) else (size, size)
-    return config.num_channels, height, width
+    return torch.zeros(batch, config.num_channels, height, width, dtype=dtype)
+
+
+_OPTIONAL = {"vision_feature_layer", "vision_feature_select_strategy", "kwargs"}
+
+
+def _sees(model: Any) -> bool:
+    """Whether it has a tower that takes pictures and nothing else. (How many tokens they become depends on values.)"""
+    towers = getattr(type(model), "get_image_features", None)
+    config = getattr(model.config, "vision_config", None)
+    if towers is None or not hasattr(config, "image_size") or not hasattr(config, "num_channels"):
+        return False
+    return set(inspect.signature(towers).parameters) - _OPTIONAL == {"self", "pixel_values"}
