@@ -40,12 +40,13 @@ DISK_BYTES = 512 << 20
 MEMORY_BYTES = 128 << 20
 """Bytes of one copy in memory: more than any processor's caches."""
 
-_FORMAT = 2
+_FORMAT = 3
 _MIB = 1 << 20
 _REPEATS = 4
 _DTYPES = ("float32", "bfloat16", "float16")
 _TOKENS = (1, 2, 4, 8, 16, 32, 64, 256, 1024)
 _FEW_TOKENS = 32
+_SMALL_MODULES = 200
 _LONG = 0.15
 """Seconds."""
 
@@ -96,7 +97,7 @@ def known(folder: str | None = None) -> Measurement | None:
 
 def _curves(content: Mapping[str, Any]) -> Arithmetic:
     curves = {dtype: tuple((float(n), float(s)) for n, s in rows) for dtype, rows in content["curves"].items()}
-    return Arithmetic(curves)
+    return Arithmetic(curves, float(content["per_weight"]))
 
 
 def speeds(device: str, folder: str | None = None) -> Speeds:
@@ -242,7 +243,8 @@ def multiplying(name: str, nbytes: int = MEMORY_BYTES) -> Arithmetic:
             count = max(1, nbytes // (size * size * DTYPE_BYTES[dtype]))
             weights = [torch.rand(size, size, device=device).to(getattr(torch, dtype)) for _ in range(count)]
             curves[dtype] = tuple(_curve(weights))
-    return Arithmetic({**curves, "": curves["bfloat16"]})
+        overhead = _best(partial(_small_modules, torch.rand(1, 8, device=device)), _waiting(device)) / _SMALL_MODULES
+    return Arithmetic({**curves, "": curves["bfloat16"]}, overhead)
 
 
 def _curve(weights: Sequence[torch.Tensor]) -> Iterator[tuple[float, float]]:
@@ -250,11 +252,10 @@ def _curve(weights: Sequence[torch.Tensor]) -> Iterator[tuple[float, float]]:
     import torch
 
     device, dtype = weights[0].device, weights[0].dtype
-    wait = (lambda: None) if device.type == CPU else partial(torch.accelerator.synchronize, device)
     for tokens in _TOKENS:
         used = weights if tokens <= _FEW_TOKENS else weights[:1]
         inputs = torch.rand(tokens, weights[0].shape[1], device=device).to(dtype)
-        seconds = _best(partial(_multiply, used, inputs), wait)
+        seconds = _best(partial(_multiply, used, inputs), _waiting(device))
         yield float(tokens), seconds / sum(weight.numel() for weight in used)
         if seconds > _LONG and tokens > _FEW_TOKENS:
             break
@@ -265,6 +266,23 @@ def _multiply(weights: Sequence[torch.Tensor], inputs: torch.Tensor) -> None:
 
     for weight in weights:
         linear(inputs, weight)
+
+
+def _small_modules(inputs: torch.Tensor) -> None:
+    """As many operators to a weight as a transformer's layer has, ten or so: a linear module, a norm, some glue."""
+    import torch
+
+    module = torch.nn.Linear(8, 8, device=inputs.device)
+    for _ in range(_SMALL_MODULES):
+        hidden = inputs.float()
+        hidden = hidden * torch.rsqrt(hidden.pow(2).mean(-1, keepdim=True) + 1e-6)
+        hidden = inputs + module(hidden).view(1, 2, 4).transpose(0, 1).reshape(1, 8)
+
+
+def _waiting(device: torch.device) -> Callable[[], None]:
+    import torch
+
+    return (lambda: None) if device.type == CPU else partial(torch.accelerator.synchronize, device)
 
 
 def _best(copy: Callable[[], Any], wait: Callable[[], None]) -> float:

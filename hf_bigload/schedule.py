@@ -106,7 +106,7 @@ def _compute(block: BlockSpec, phase: Phase, needs: Needs, speed: Arithmetic, bo
     elements = block.elements + borrowed / DTYPE_BYTES.get(block.dtype, 2)
     known = needs.operations.get(block.name) if block.part_of is None else None
     tokens = known[0 if phase.first else 1] / (2 * elements) if known and elements else phase.tokens
-    return speed.seconds(block.dtype, elements, tokens)
+    return speed.seconds(block.dtype, elements, tokens) + speed.per_weight * len(block.tensors)
 
 
 def predict(placements: Sequence[Placement], needs: Needs, speeds: Speeds, slots: int) -> tuple[PhaseTime, ...]:

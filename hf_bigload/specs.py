@@ -220,6 +220,8 @@ class Arithmetic:
     """
 
     curves: Mapping[str, tuple[tuple[float, float], ...]]
+    per_weight: float = 0.0
+    """Seconds that a module with one weight takes however small that is: Python, and starting some operators."""
 
     def seconds(self, dtype: str, elements: float, tokens: float) -> float:
         """Of a multiplication by a weight of `elements` elements; between the table's rows, in proportion."""
