@@ -25,6 +25,7 @@ from .errors import CheckpointError, OffloadedWeightError
 from .materialize import Materializer
 from .meta_init import init_empty_weights, init_on_device
 from .module_tensors import as_device, as_dtype
+from .placed import Placed
 from .skeleton import no_split_classes
 from .specs import CPU, DISK, CheckpointIndex, LoadRequest, Plan, TensorEntry
 
@@ -107,7 +108,7 @@ def load_checkpoint_and_dispatch(
     plan = flow.plan_model(model, request, loaded_as=_loaded_as(dtype_of))
     materializer = Materializer(plan, offload_folder=request.offload_folder)
     _fill(model, open_checkpoint(checkpoint), materializer, dtype_of, strict)
-    return flow.dispatch(model, plan, materializer, _names(skip_keys), force_hooks)
+    return flow.dispatch(model, plan, Placed(request, materializer, _names(skip_keys), force_hooks))
 
 
 def load_checkpoint_in_model(
@@ -374,7 +375,7 @@ def dispatch_model(
     materializer = _loaded.pop(model, None) or Materializer(plan)
     materializer.follow(plan)
     _settle(model, materializer, _Values(model, plan, state_dict, offload_dir, offload_index))
-    return flow.dispatch(model, plan, materializer, _names(skip_keys), force_hooks)
+    return flow.dispatch(model, plan, Placed(request, materializer, _names(skip_keys), force_hooks))
 
 
 def cpu_offload(

@@ -34,6 +34,14 @@ def human_bytes(count: int | float) -> str:
     raise AssertionError("unreachable")
 
 
+def add_note(error: BaseException, note: str) -> None:
+    """Have `error` tell `note` too, where its traceback is shown; before Python 3.11, as part of its message."""
+    if hasattr(error, "add_note"):
+        error.add_note(note)
+    else:
+        error.args = (f"{error}\n{note}", *error.args[1:])
+
+
 class BigloadError(Exception):
     """Base of all errors of this package."""
 

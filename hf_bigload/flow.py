@@ -9,7 +9,8 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -19,26 +20,31 @@ import torch
 from torch import nn
 
 from . import bandwidth, hardware, pictures, report, settings
+from .accounts import Memory, held_by, memory_of
 from .checkpoint.index import open_checkpoint
 from .checkpoint.reader import Reader, layout
 from .checkpoint.repository import CONFIG_NAME
+from .demotion import demoted, shortage, told_of
 from .describe import FLOATING, describe, spec_from_headers
 from .device_map import missing_from, normalize_devices, resolve
-from .dispatch.attach import attach, attachment_of, detach, resident_plan
+from .dispatch.attach import attach, attachment_of, detach, resident_plan, suspend
 from .dispatch.executor import Executor, Machine, Stats
 from .dispatch.recording import record
-from .errors import DeviceMapError, DtypeError
+from .dispatch.rescue import Demoted, Rescue
+from .errors import DeviceMapError, DtypeError, OffloadedWeightError
 from .estimate import Estimate, bound
 from .hardware import torch_device
 from .materialize import Materializer
 from .pinned import ALIGNMENT
+from .placed import Placed, placed_of, remember
 from .planner import STRATEGIES, follow_map, make_plan_with_room
+from .replan import Relocation, check_idle
 from .skeleton import LoadedAs, as_it_is, model_spec
 from .specs import CPU, DISK, Hardware, LoadRequest, ModelSpec, Needs, Plan, TensorSpec, Workload
 from .timeline import Timeline
 from .trace import needs_of
 
-__all__ = ["dispatch", "estimate", "inspect", "needs_of", "plan", "plan_model"]
+__all__ = ["dispatch", "estimate", "inspect", "needs_of", "plan", "plan_model", "relocate", "replan"]
 
 logger = logging.getLogger(__name__)
 ModelT = TypeVar("ModelT", bound=nn.Module)
@@ -49,8 +55,11 @@ def plan_model(
     request: LoadRequest,
     ties: Mapping[str, str] | None = None,
     loaded_as: LoadedAs | None = None,
+    held: Mapping[str, int] | None = None,
 ) -> Plan:
     """Where every tensor of `model` (on meta or not) will rest and run.
+
+    `held`: bytes by device that a model which was placed before takes now; the plan may use them again.
 
     Raises:
         DeviceMapError: the request's device map names an unknown device, or leaves parameters without one.
@@ -58,7 +67,7 @@ def plan_model(
     """
     spec = model_spec(model, request.no_split, ties, loaded_as)
     to_dict = getattr(getattr(model, "config", None), "to_dict", dict)
-    plan = _plan(spec, request, partial(needs_of, model, spec), to_dict())
+    plan = _plan(spec, request, partial(needs_of, model, spec), to_dict(), held)
     if not _chosen_here(request):
         _warn_unknown_modules(model, as_map(request.device_map))
     if settings.current().explain:
@@ -66,13 +75,23 @@ def plan_model(
     return plan
 
 
+def _max_memory(request: LoadRequest) -> Mapping[Any, int | str] | None:
+    return request.max_memory if request.max_memory is not None else settings.current().max_memory
+
+
 def _chosen_here(request: LoadRequest) -> bool:
     return isinstance(request.device_map, str) and request.device_map in STRATEGIES
 
 
-def _plan(spec: ModelSpec, request: LoadRequest, needs_for: NeedsFor, config: Mapping[str, Any]) -> Plan:
-    max_memory = request.max_memory if request.max_memory is not None else settings.current().max_memory
-    budget = hardware.probe(max_memory)
+def _plan(
+    spec: ModelSpec,
+    request: LoadRequest,
+    needs_for: NeedsFor,
+    config: Mapping[str, Any],
+    held: Mapping[str, int] | None = None,
+) -> Plan:
+    max_memory = _max_memory(request)
+    budget = hardware.probe(max_memory, held)
     budget = replace(budget, speeds=bandwidth.speeds(next(iter(budget.devices), CPU)))
     if _chosen_here(request):
         return _best(spec, request, budget, max_memory is not None, needs_for, config)
@@ -150,25 +169,32 @@ def _warn_unknown_modules(model: nn.Module, device_map: Mapping[str, str]) -> No
         logger.warning("The device_map names modules that the model does not have: %s", ", ".join(unknown))
 
 
-def dispatch(
-    model: ModelT,
-    plan: Plan,
-    materializer: Materializer | None = None,
-    skip_keys: Sequence[str] = (),
-    force_hooks: bool = False,
-) -> ModelT:
-    """Make `model`, whose weights rest where `plan` says, run over it."""
+def dispatch(model: ModelT, plan: Plan, placed: Placed, stats: Stats | None = None) -> ModelT:
+    """Make `model`, whose weights rest where `plan` says, run over it. What is moved counts in `stats`, if given."""
+    materializer = placed.materializer
     _settle_buffers(model, plan)
     reader = materializer.reader if materializer is not None else Reader()
     moves = any(name not in (CPU, DISK) for name in plan.devices)
     executor = Executor(Machine(reader, {}), plan.offload_buffers, watching=moves and _several_places(plan))
+    executor.machine.stats = stats or executor.machine.stats
     if materializer is not None:
         materializer.register(executor, (*model.parameters(), *model.buffers()))
     for name, size in plan.ring.items():
         executor.machine.ring_bytes[torch_device(name)] = size + _slack(model, plan, executor, name)
     keep_alive = () if materializer is None else materializer.keep_alive
-    attach(model, plan, executor, skip_keys, keep_alive, force_hooks)
+    attach(model, plan, executor, placed.skip_keys, keep_alive, placed.force_hooks, _rescue(plan, placed))
+    if materializer is not None and attachment_of(model) is None:
+        materializer.close_files()
+    remember(model, placed)
     return model
+
+
+def _rescue(plan: Plan, placed: Placed) -> Rescue | None:
+    """What to do where an accelerator runs out of memory; nothing where the user decided what is where."""
+    devices = sorted({p.device for p in plan.placements} - {CPU})
+    if not devices or placed.request.device_map != "auto" or not settings.current().demote_on_oom:
+        return None
+    return Rescue(demote, placed.remember, tuple(map(torch_device, devices)))
 
 
 def _slack(model: nn.Module, plan: Plan, executor: Executor, device: str) -> int:
@@ -206,6 +232,80 @@ def _settle_buffers(model: nn.Module, plan: Plan) -> None:
             buffer = module._buffers.get(leaf)
             if buffer is not None and buffer.device.type != "meta" and buffer.device != device:
                 module._buffers[leaf] = buffer.to(device)
+
+
+# ---------------------------------------------------------------- another plan for a model that lives
+
+
+def replan(model: nn.Module, request: LoadRequest) -> Plan:
+    """Plan `model`, which was placed before, as `request` asks, and move its weights to where the plan says.
+
+    Raises:
+        OffloadedWeightError: a thread is inside of a forward, or a weight cannot be moved. Nothing was moved.
+        DeviceMapError, BudgetError: see `plan_model`. Nothing was moved.
+        CheckpointError, SpillError, torch.OutOfMemoryError: the move failed on the way. The model has all its weights,
+            and runs over a plan that has each where it is now.
+    """
+    check_idle(model)
+    plan = plan_model(model, request, held=held_by(model))
+    relocate(model, plan, replace(placed_of(model), request=request))
+    return plan
+
+
+def relocate(model: nn.Module, plan: Plan, placed: Placed) -> None:
+    """Move the weights of `model`, which nobody is inside of, to where `plan` says; raises as `replan` does."""
+    before = inspect(model)
+    attachment = attachment_of(model)
+    placed = replace(placed, materializer=placed.materializer or Materializer(plan))
+    assert placed.materializer is not None
+    limits = {name: max(plan.used.get(name, 0), used) for name, used in (*before.plan.used.items(), *plan.used.items())}
+    executor = None if attachment is None else attachment.executor
+    relocation = Relocation(model, plan, placed.materializer, executor, limits)
+    relocation.check()
+    suspend(model)
+    try:
+        relocation.run()
+    except BaseException:
+        plan = _plan_of_places(model, plan, placed.request, relocation.places())
+        raise
+    finally:
+        relocation.settle(plan)
+        dispatch(model, plan, placed, before.stats)
+        if placed.settle_in is not None:
+            placed.settle_in(model)
+
+
+def _plan_of_places(model: nn.Module, plan: Plan, request: LoadRequest, places: Mapping[str, str]) -> Plan:
+    """The plan that leaves every weight where it is."""
+    spec = model_spec(model, request.no_split)
+    budget = Hardware(plan.budget, plan.budget.get(CPU, 0))
+    main = next((name for name in places.values() if name not in (CPU, DISK)), CPU)
+    return follow_map(spec, places.__getitem__, main, budget, plan.offload_buffers, hardware.map_value)
+
+
+def demote(model: nn.Module, error: torch.OutOfMemoryError) -> Demoted:
+    """Send resident blocks of the accelerator that `error` is about to RAM or disk, for as much as it asked for."""
+    try:
+        check_idle(model, but=threading.get_ident())
+    except OffloadedWeightError as busy:
+        return Demoted(False, f"No weights were demoted: {busy}")
+    plan, placed = inspect(model).plan, placed_of(model)
+    lower = demoted(plan, *shortage(plan, str(error)), *_ram_left(plan, placed), hardware.map_value)
+    if lower is None:
+        return Demoted(False, "No weights were demoted: no block is left whose place would help.")
+    relocate(model, lower, placed)
+    told = told_of(plan, lower)
+    logger.warning("%s ran out of memory: %s", type(model).__name__, told)
+    return Demoted(True, told)
+
+
+def _ram_left(plan: Plan, placed: Placed) -> tuple[int, int]:
+    """Bytes of RAM that weights which leave an accelerator may take, and those that they may pass through."""
+    free = hardware.free_ram()
+    max_memory = _max_memory(placed.request)
+    if max_memory is not None and CPU not in max_memory:
+        return 0, free
+    return max(0, min(plan.budget.get(CPU, 0) - plan.used.get(CPU, 0), free)), 0
 
 
 # ---------------------------------------------------------------- what a user asks about a model
@@ -250,6 +350,25 @@ class Inspection:
             RuntimeError: the model is being recorded already.
         """
         return record(self.model, self.plan)
+
+    @property
+    def memory(self) -> Memory:
+        """What the model holds of each device's memory, and held at the most, beside what the plan counts; and what the
+        process takes of the host's, clean pages of files told apart."""
+        return memory_of(self.model, self.plan)
+
+    def replan(self, max_memory: Any = None, device_map: Any = None) -> Inspection:
+        """Give the model another plan, and move its blocks to where that says; what it computes stays the same, bit for
+        bit. Between forwards only, and no thread may begin one meanwhile.
+
+        Args:
+            max_memory: budgets as for a load. None: those of the load; if it had none, what is free now.
+            device_map: a strategy or a map. None: the strategy of the load, or "auto" if that was given a map.
+
+        Returns the model as it then is. Raises as `flow.replan` does; the model is usable in any case.
+        """
+        replan(self.model, placed_of(self.model).asked(max_memory, device_map))
+        return inspect(self.model)
 
     def close(self) -> None:
         """Take the hooks off and give the ring back; the weights stay where they rest, readable there."""

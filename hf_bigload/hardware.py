@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .errors import DeviceMapError
 from .settings import parse_size
@@ -24,21 +24,24 @@ HEADROOM = 0.10
 
 _UNLIMITED = 1 << 60
 _CGROUP = Path("/sys/fs/cgroup")
+_SMAPS = Path("/proc/self/smaps_rollup")
 
 
-def probe(max_memory: MaxMemory | None = None) -> Hardware:
+def probe(max_memory: MaxMemory | None = None, held: Mapping[str, int] | None = None) -> Hardware:
     """The memory a plan may use, in bytes.
 
     Without `max_memory`, what is free now less `HEADROOM`. With it, exactly what it allows: a device that it does not
-    name is not used, as Accelerate documents it (weights from disk may still pass through RAM).
+    name is not used, as Accelerate documents it (weights from disk may still pass through RAM). `held` are the bytes
+    that the model to be planned takes already, by device: they are its own to use again.
 
     Raises:
         DeviceMapError: `max_memory` names a device that this machine does not have, or a size that is none.
     """
     if max_memory is None:
-        keep = 1 - HEADROOM
-        free = free_by_accelerator()
-        return Hardware({name: int(count * keep) for name, count in free.items()}, int(free_ram() * keep))
+        keep, held = 1 - HEADROOM, held or {}
+        free = {name: count + held.get(name, 0) for name, count in free_by_accelerator().items()}
+        ram = free_ram() + held.get(CPU, 0)
+        return Hardware({name: int(count * keep) for name, count in free.items()}, int(ram * keep))
     if not isinstance(max_memory, Mapping):
         raise DeviceMapError(f"max_memory={max_memory!r} is not a map: write it as {{0: '10GiB', 'cpu': '30GiB'}}.")
     limits = {memory_key(key): _size(key, value) for key, value in max_memory.items()}
@@ -138,7 +141,10 @@ def main_accelerator() -> str | None:
 
 
 def free_by_accelerator() -> dict[str, int]:
-    """Bytes each accelerator could still give: free on the device, plus what the allocator holds unused."""
+    """Bytes each accelerator could still give: free on the device, plus what the allocator holds unused.
+
+    What other processes hold there is not free.
+    """
     return {name: _free_on(name) for name in accelerator_names()}
 
 
@@ -155,7 +161,8 @@ def _free_on(name: str) -> int:
 def free_ram() -> int:
     """Bytes of host memory that may still be used, by the machine and by every container limit above this process.
 
-    Clean file pages count as free: the kernel gives them up before it refuses memory.
+    What other processes hold, here or in the same container, is not free. Clean file pages are: the kernel gives them
+    up before it refuses memory.
     """
     import psutil
 
@@ -169,9 +176,9 @@ def container_limits() -> list[tuple[int, int]]:
         root = _CGROUP / "memory" if version == 1 else _CGROUP
         folder = root / relative.lstrip("/")
         while folder == root or root in folder.parents:
-            figures = _read_v1(folder) if version == 1 else _read_v2(folder)
-            if figures and figures[0] < _UNLIMITED:
-                found.append(figures)
+            limit = min(_size_in(folder / name) for name in _LIMITS[version])
+            if limit < _UNLIMITED:
+                found.append((limit, _unreclaimable(folder, version)))
             folder = folder.parent
     return found
 
@@ -186,24 +193,54 @@ def _cgroups() -> list[tuple[int, str]]:
     return v1 or [(2, path) for number, controllers, path in fields if number == "0" and not controllers]
 
 
-def _read_v1(folder: Path) -> tuple[int, int] | None:
-    pages = ("total_inactive_file", "total_active_file")
-    return _figures(folder, "memory.limit_in_bytes", "memory.usage_in_bytes", *pages)
+_LIMITS = {1: ("memory.limit_in_bytes",), 2: ("memory.max", "memory.high")}
+"""Above `memory.high` a group is not killed, but throttled until it can hardly run."""
+_USAGE = {1: "memory.usage_in_bytes", 2: "memory.current"}
 
 
-def _read_v2(folder: Path) -> tuple[int, int] | None:
-    return _figures(folder, "memory.max", "memory.current", "inactive_file", "active_file")
-
-
-def _figures(folder: Path, limit_file: str, usage_file: str, *file_pages: str) -> tuple[int, int] | None:
+def _size_in(file: Path) -> int:
+    """The bytes that a cgroup's file says; none at all where there is no such file, as in the root group."""
     try:
-        limit = (folder / limit_file).read_text().strip()
-        used = int((folder / usage_file).read_text())
-        stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-    except OSError:  # the root group has no limit file
+        text = file.read_text().strip()
+    except OSError:
+        return _UNLIMITED
+    return _UNLIMITED if text == "max" else int(text)
+
+
+def _unreclaimable(folder: Path, version: int) -> int:
+    """Bytes that a group uses, less those that the kernel would take back: clean file pages, and its own caches."""
+    try:
+        used = int((folder / _USAGE[version]).read_text())
+        lines = [line.split() for line in (folder / "memory.stat").read_text().splitlines()]
+    except OSError:
+        return 0
+    stat, prefix = {name: int(value) for name, value in lines}, "total_" if version == 1 else ""
+    pages = stat.get(f"{prefix}inactive_file", 0) + stat.get(f"{prefix}active_file", 0)
+    names = (f"{prefix}dirty", f"{prefix}writeback") if version == 1 else ("file_dirty", "file_writeback")
+    clean = max(0, pages - sum(stat.get(name, 0) for name in names))
+    return max(0, used - clean - stat.get("slab_reclaimable", 0))
+
+
+class ProcessMemory(NamedTuple):
+    """Of this process, in bytes."""
+
+    anonymous: int
+    """Memory that is in no file: it can only be swapped."""
+    clean_file_pages: int
+    """Pages of mapped files, libraries among them, that are as on disk."""
+
+
+def process_memory() -> ProcessMemory | None:
+    """What this process holds of the host's memory; None where the system does not tell.
+
+    The kernel walks all of the process's pages for it: milliseconds, more for many gigabytes.
+    """
+    try:
+        lines = [line.split() for line in _SMAPS.read_text().splitlines()[1:]]
+    except OSError:
         return None
-    reclaimable = sum(int(stat.get(key, 0)) for key in file_pages)
-    return (_UNLIMITED if limit == "max" else int(limit)), max(0, used - reclaimable)
+    sizes = {fields[0].rstrip(":"): int(fields[1]) * 1024 for fields in lines}
+    return ProcessMemory(sizes["Anonymous"], sizes["Private_Clean"] + sizes["Shared_Clean"])
 
 
 def free_disk(folder: str) -> int:

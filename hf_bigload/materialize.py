@@ -7,27 +7,32 @@ where the conversion put it.
 
 from __future__ import annotations
 
+import logging
 import math
 import platform
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch.utils.weak import WeakIdKeyDictionary
 
 from .arrivals import Arrivals
 from .checkpoint.formats import load_bin
-from .checkpoint.mapping import MappedFiles
+from .checkpoint.mapping import MappedFiles, dirty_pages
 from .checkpoint.reader import Reader, huge_pages_are_kept, page_buffer
 from .checkpoint.spill import SpillFolder
 from .checkpoint.spill_cache import Slot, SpillCache
 from .dispatch.executor import Executor
 from .dispatch.residency import DiskResident
-from .errors import DtypeError, human_bytes
+from .dispatch.ring import address_of
+from .errors import CheckpointError, DtypeError, human_bytes
 from .hardware import torch_device
-from .pinned import Pack
+from .pinned import Pack, memory_around
 from .skeleton import dtype_name
 from .specs import CPU, DISK, CheckpointIndex, FileStamp, Placement, Plan, TensorEntry
+
+logger = logging.getLogger(__name__)
 
 PHASE = 64
 """Bytes: the modulus of the addresses that CPU kernels look at."""
@@ -38,14 +43,27 @@ _AS_STORED = "as stored"
 ASIDE_FROM = 128 * 1024
 """Bytes from which a tensor is brought by other threads; for a smaller one, asking them costs more than doing it."""
 
+COMPARED_AT_ONCE = 16 * 1024 * 1024
+"""Bytes of a weight that are compared with its file's at a time."""
+
 STAGING = 256 * 1024 * 1024
 """Bytes that may be on their way outside their tensors, at most."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a tensor of a model came from, unconverted: it may go back there for as long as it has the same bytes."""
+
+    entry: TensorEntry
+    mapped_at: int | None
+    """The address of the file's mapping, where that is what the tensor was loaded as."""
 
 
 class Materializer:
     """Puts tensors where `plan` wants them; remembers where in a file those rest that stream from one.
 
-    Holds what the loaded weights depend on: keep it as long as the model (see `keep_alive`).
+    Holds what the loaded weights depend on: keep it as long as the model (see `keep_alive`). It can follow other plans
+    later: `origins` says where each tensor came from.
     """
 
     def __init__(
@@ -63,6 +81,10 @@ class Materializer:
         self.follow(plan)
         self.stamp(stamps)
         self._entries: dict[int, tuple[torch.Tensor, TensorEntry]] = {}
+        self._came_from: dict[int, Origin] = {}
+        """By the address that a tensor was loaded to, until the model is registered."""
+        self.origins: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        """A registered tensor of the model -> its `Origin`."""
 
     def follow(self, plan: Plan) -> None:
         """Place what comes from now on by `plan`."""
@@ -73,14 +95,22 @@ class Materializer:
 
     def rests_on_disk(self, tensor: torch.Tensor) -> bool:
         """Whether this tensor's data is a mapped view that this object made, so that it may stream from its file."""
-        return tensor.data_ptr() in self._entries
+        return address_of(tensor) in self._entries
 
     def stamp(self, stamps: Mapping[str, FileStamp] | None) -> None:
         """Read from the files that these stamps describe, and from no other that takes their place."""
         self.finish()
+        self._stamps = dict(stamps or {})
         self.reader = Reader(stamps=stamps)
         self._mapped = MappedFiles(stamps)
-        self._cache = self._cache_of(stamps or {})
+        self._cache = self._cache_of(self._stamps)
+
+    def close_files(self) -> None:
+        """Nothing will be read for now: close the files, and open them again if something is, if they are the same."""
+        self.reader.close()
+        self.reader = Reader(stamps=self._stamps)
+        if not any(origin.mapped_at for origin in self.origins.values()):
+            self._mapped = MappedFiles(self._stamps)
 
     @property
     def keep_alive(self) -> tuple[Any, ...]:
@@ -102,10 +132,17 @@ class Materializer:
             SpillError: it has to be converted and rest on disk, and the disk refuses.
             CheckpointError: the file cannot be read, or is not the one that was indexed.
         """
-        source, home = self.source(entry), self.home_of(name)
-        casts = source.dtype != dtype
+        source = self.source(entry)
+        loaded = self._load(name, entry, dtype, source)
+        if source.dtype == dtype and entry.nbytes:
+            mapped_at = loaded.data_ptr() if loaded.data_ptr() == source.data_ptr() else None
+            self._came_from[loaded.data_ptr()] = Origin(entry, mapped_at)
+        return loaded
+
+    def _load(self, name: str, entry: TensorEntry, dtype: torch.dtype, source: torch.Tensor) -> torch.Tensor:
+        home, casts = self.home_of(name), source.dtype != dtype
         if home == DISK and entry.nbytes:
-            return self._cast_on_disk(name, entry, dtype) if casts else self._at_rest_in(entry, source)
+            return self._cast_on_disk(name, entry, dtype) if casts else self.rest_in(entry, source)
         if not casts and home in (CPU, DISK) and not self._streams:
             return source
         if entry.nbytes < ASIDE_FROM or entry.stride is not None:
@@ -130,6 +167,47 @@ class Materializer:
             return self._spilled(name, value)
         room = self._packed(name, value.shape, value.dtype) if packed and value.is_contiguous() else None
         return value.to(torch_device(home)) if room is None else room.copy_(value)
+
+    def moved(self, name: str, value: torch.Tensor, origin: Origin | None) -> torch.Tensor:
+        """`value`, at rest in memory, as it rests in memory at the home that the plan now gives it.
+
+        On the CPU at the address modulo 64 of its plain load, packed where its block travels packed.
+        """
+        packed = self._packed(name, value.shape, value.dtype) if value.is_contiguous() else None
+        if packed is not None:
+            return packed.copy_(value)
+        home = torch_device(self.home_of(name))
+        if home.type != CPU or not (value.is_contiguous() and value.numel()):
+            return value.to(home, copy=True)
+        phase = _phase(value) if origin is None else origin.entry.offset % PHASE
+        return self._room(name, tuple(value.shape), value.dtype, phase).copy_(value)
+
+    def sent_back(self, name: str, value: torch.Tensor, origin: Origin | None) -> torch.Tensor:
+        """`value` as it rests on disk: where it came from if it still has those bytes, else in a file of its own."""
+        if origin is not None and self.can_read(origin.entry):
+            mapped = self.source(origin.entry)
+            if _same_bytes(mapped, value):
+                return self.rest_in(origin.entry, mapped)
+        return self._spilled(name, value)
+
+    def can_read(self, entry: TensorEntry) -> bool:
+        """Whether the file that a tensor came from is still there, and the same."""
+        try:
+            self.reader.open(entry.file)
+            self._mapped.tensor(entry)
+        except CheckpointError as error:
+            logger.info("Tensor %r cannot be read again from where it came: %s", entry.name, error)
+            return False
+        return True
+
+    def lies_as_wanted(self, name: str, value: torch.Tensor) -> bool:
+        """Whether `value`, in RAM, lies packed or not as the plan has it."""
+        return (self.plan.ties.get(name, name) in self._packs) == (memory_around(value) is not None)
+
+    def is_mapped(self, tensor: torch.Tensor) -> bool:
+        """Whether a registered tensor's data is the file's own mapping, not written to: it takes no memory."""
+        origin = self.origins.get(tensor)
+        return origin is not None and origin.mapped_at == address_of(tensor) and dirty_pages(tensor.data) is False
 
     def collect(self, wait: bool = False) -> int:
         """How many loaded tensors have not arrived yet; with `wait`, after the one that was asked for first has.
@@ -175,15 +253,28 @@ class Materializer:
         for cache in self._caches:
             cache.seal()
         for tensor in tensors:
-            known = self._entries.get(tensor.data_ptr())
+            known = self._entries.get(address_of(tensor))
             if known is not None and known[0].shape == tensor.shape and known[0].dtype == tensor.dtype:
                 executor.on_disk[tensor] = DiskResident(known[1], known[0], tensor)
                 self.reader.open(known[1].file)  # so that the model outlives a save over its own checkpoint
+                self.origins[tensor] = Origin(known[1], known[0].data_ptr())
+            else:
+                self._remember_origin(tensor)
         self._entries.clear()
+        self._came_from.clear()
+        self._packs = {}  # their tensors keep them
+
+    def _remember_origin(self, tensor: torch.Tensor) -> None:
+        origin = self._came_from.get(address_of(tensor))
+        if origin is not None and (origin.entry.shape, origin.entry.dtype) == (
+            tuple(tensor.shape),
+            dtype_name(tensor.dtype),
+        ):
+            self.origins[tensor] = origin
 
     def _spilled(self, name: str, value: torch.Tensor) -> torch.Tensor:
         entry = self._write(name, value)
-        return self._at_rest_in(entry, self._mapped.tensor(entry))
+        return self.rest_in(entry, self._mapped.tensor(entry))
 
     def _cast_on_disk(self, name: str, entry: TensorEntry, dtype: torch.dtype) -> torch.Tensor:
         """A tensor whose cast copy rests on disk: what the cache has is not cast again, nor is its source read."""
@@ -191,7 +282,7 @@ class Materializer:
         cast = slot.find() if slot else None
         if cast is None:
             cast = self._write(name, _cast(name, self.source(entry), dtype), slot)
-        return self._at_rest_in(cast, self._mapped.tensor(cast))
+        return self.rest_in(cast, self._mapped.tensor(cast))
 
     def _legacy_on_disk(self, path: str, stamp: FileStamp) -> dict[str, TensorEntry]:
         cache = self._cache_of({path: stamp})
@@ -220,7 +311,8 @@ class Materializer:
             self._spill = SpillFolder(self._offload_folder)
         return replace(self._spill.write(flat, name), shape=tuple(value.shape), stride=stride)
 
-    def _at_rest_in(self, entry: TensorEntry, mapped: torch.Tensor) -> torch.Tensor:
+    def rest_in(self, entry: TensorEntry, mapped: torch.Tensor) -> torch.Tensor:
+        """Remember that `mapped`, a mapping of `entry`, is a weight on disk, until it is registered; returns it."""
         self._entries[mapped.data_ptr()] = (mapped, entry)
         return mapped
 
@@ -254,8 +346,10 @@ class Materializer:
 
     def _coming(self) -> Arrivals:
         if self._arrivals is None:
-            # The rings are counted in the plan, and made only when the model runs
-            staging = min(STAGING, sum(self.plan.ring.values())) if self._streams else STAGING
+            # What the budget leaves in RAM; the ring is counted in the plan, and made only when the model runs
+            plan = self.plan
+            left = max(0, plan.budget.get(CPU, STAGING) - plan.used.get(CPU, 0)) + plan.ring.get(CPU, 0)
+            staging = min(STAGING, left)
             self._arrivals = Arrivals(self.reader, staging, keeps_cache=not self._streams)
         return self._arrivals
 
@@ -289,6 +383,21 @@ def _in_storage_order(value: torch.Tensor) -> tuple[torch.Tensor, tuple[int, ...
     if ordered.is_contiguous():
         return ordered.reshape(-1), value.stride()
     return value.contiguous(), None  # has gaps or overlaps
+
+
+def _phase(value: torch.Tensor) -> int:
+    return value.data_ptr() % PHASE if value.device.type == CPU else 0
+
+
+def _same_bytes(stored: torch.Tensor, value: torch.Tensor) -> bool:
+    """Piece by piece: neither a device nor its tensor's copy on the CPU has to have room for the whole."""
+    if (stored.shape, stored.dtype, stored.stride()) != (value.shape, value.dtype, value.stride()):
+        return False
+    if not value.is_contiguous():
+        return torch.equal(stored, value.cpu())
+    ours, theirs = value.detach().view(-1).view(torch.uint8), stored.view(-1).view(torch.uint8)
+    pieces = zip(theirs.split(COMPARED_AT_ONCE), ours.split(COMPARED_AT_ONCE), strict=True)
+    return all(torch.equal(stored_piece, piece.cpu()) for stored_piece, piece in pieces)
 
 
 def _homes(plan: Plan) -> dict[str, str]:

@@ -397,16 +397,16 @@ def _finish(
 ) -> Plan:
     cache = _caches(placements, needs)
     activations = dict.fromkeys({p.device for p in placements}, needs.activations) if needs.activations else {}
-    ring = _rings(placements, depth)
+    ring = rings(placements, depth)
     homes = {t.name: map_value(p.home_of(t.name)) for p in placements for t in p.block.tensors}
     homes.update({name: homes[owner] for name, owner in spec.ties.items() if owner in homes})
-    device_map = _execution_device_first(homes, map_value(main))
+    device_map = execution_device_first(homes, map_value(main))
     return Plan(
         placements=tuple(placements),
         device_map=device_map,
         main_device=main,
         budget={**hardware.devices, CPU: hardware.ram or hardware.passage},
-        used=_summed(_resting(placements, offload_buffers), ring, cache, activations),
+        used=_summed(resting(placements, offload_buffers), ring, cache, activations),
         ring=ring,
         cache=cache,
         activations=activations,
@@ -438,7 +438,7 @@ def _following(placement: Placement, lender: Placement, budget: Mapping[str, int
     return replace(placement, home=home, device=device, at_home=at_home)
 
 
-def _rings(placements: Sequence[Placement], depth: int) -> dict[str, int]:
+def rings(placements: Sequence[Placement], depth: int) -> dict[str, int]:
     """Bytes of each device's ring; what comes from disk to an accelerator passes through one in RAM."""
     arriving: dict[str, list[int]] = {}
     sizes = {t.name: t.nbytes for p in placements for t in p.block.tensors}
@@ -451,16 +451,16 @@ def _rings(placements: Sequence[Placement], depth: int) -> dict[str, int]:
     return {device: size for device, each in arriving.items() if (size := window(each, depth))}
 
 
-def _resting(placements: Sequence[Placement], offload_buffers: bool) -> dict[str, int]:
+def resting(placements: Sequence[Placement], offload_buffers: bool) -> dict[str, int]:
     """Bytes of weights and buffers by where they rest."""
-    resting: dict[str, int] = {}
+    at_rest: dict[str, int] = {}
     for p in placements:
         for tensor in p.block.tensors:
             home = p.home_of(tensor.name)
             if tensor.is_buffer and not offload_buffers:
                 home = CPU if p.at_home else p.device
-            resting[home] = resting.get(home, 0) + tensor.nbytes
-    return resting
+            at_rest[home] = at_rest.get(home, 0) + tensor.nbytes
+    return at_rest
 
 
 def _caches(placements: Sequence[Placement], needs: Needs) -> dict[str, int]:
@@ -503,7 +503,7 @@ def _prefixes(name: str) -> list[str]:
     return ["", *accumulate(name.split("."), "{}.{}".format)]
 
 
-def _execution_device_first(homes: Mapping[str, Any], main: Any) -> dict[str, Any]:
+def execution_device_first(homes: Mapping[str, Any], main: Any) -> dict[str, Any]:
     """The map of `homes`, whose first value libraries take for the device to send inputs to: "disk" would not do."""
     if main not in homes.values():
         return {"": main, **compress(homes, root=False)}

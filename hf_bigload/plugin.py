@@ -65,6 +65,7 @@ def enable(
     max_memory: Mapping[int | str, int | str] | None = None,
     offload_folder: str | os.PathLike[str] | None = None,
     explain: bool | None = None,
+    demote_on_oom: bool | None = None,
 ) -> Activation:
     """From here on, `from_pretrained(device_map=...)` is planned, loaded and dispatched by this package.
 
@@ -76,16 +77,19 @@ def enable(
         max_memory: budgets for calls that give none, by accelerator index, "cpu", "disk" or "mps": bytes or "10GiB".
         offload_folder: where converted weights go for calls that name no folder.
         explain: print the plan of every load to stderr.
+        demote_on_oom: where the accelerator of a model with device_map="auto" runs out of memory in a forward, send
+            some of its weights to RAM or disk, and go on; on by default.
 
     Each argument that is None keeps what an `enable` still in force said, else what the environment says
-    (HF_BIGLOAD_DEVICE_MAP, HF_BIGLOAD_MAX_MEMORY, HF_BIGLOAD_OFFLOAD_FOLDER, HF_BIGLOAD_EXPLAIN).
+    (HF_BIGLOAD_DEVICE_MAP, HF_BIGLOAD_MAX_MEMORY, HF_BIGLOAD_OFFLOAD_FOLDER, HF_BIGLOAD_EXPLAIN,
+    HF_BIGLOAD_DEMOTE_ON_OOM).
 
     Returns a context manager, for those who want it to end with a block. A load under way when the plugin goes off
     continues with the library's stock functions; hold an `enable` of your own around a load in a thread.
 
     Raises DeviceMapError (a ValueError) for a budget or a variable that cannot be read; nothing is changed then.
     """
-    overrides = settings.overrides(device_map, max_memory, offload_folder, explain)
+    overrides = settings.overrides(device_map, max_memory, offload_folder, explain, demote_on_oom)
     with contextlib.ExitStack() as undo:
         activation = undo.enter_context(_begin(overrides))
         registry.install_loaders()  # imports modules, so not under the lock

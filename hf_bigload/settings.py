@@ -6,6 +6,7 @@ Arguments of `hf_bigload.enable` come before the environment:
     HF_BIGLOAD_MAX_MEMORY       0=10GiB,cpu=30GiB
     HF_BIGLOAD_OFFLOAD_FOLDER   a folder for weights that must be kept converted
     HF_BIGLOAD_EXPLAIN          1 to print the plan of every load
+    HF_BIGLOAD_DEMOTE_ON_OOM    0 to let a model die where its accelerator runs out of memory
     HF_BIGLOAD_CACHE_SIZE       100GiB: what the cache of converted weights may grow to; 0 for none
     HF_BIGLOAD_WORKLOAD         batch=4,context=8192,new=256: what a plan should count on
 """
@@ -37,14 +38,16 @@ _SIZE = re.compile(r"(\d+(?:\.\d*)?|\.\d+)\s*([a-z]*)", re.IGNORECASE)
 @dataclass(frozen=True)
 class Settings:
     """Defaults for loads: `device_map` for one without a map (None: it stays the library's own affair), `max_memory` in
-    bytes by device, `offload_folder`, whether to `explain` each plan on stderr, and the bytes that the cache of
-    converted weights may take, `cache_size` (None: see `checkpoint.spill_cache.size_limit`), and the `workload` to plan
-    for (None: nobody named one)."""
+    bytes by device, `offload_folder`, whether to `explain` each plan on stderr, whether weights make room where an
+    accelerator runs out of memory (`demote_on_oom`, for device_map="auto"), the bytes that the cache of converted
+    weights may take, `cache_size` (None: see `checkpoint.spill_cache.size_limit`), and the `workload` to plan for
+    (None: nobody named one)."""
 
     device_map: Any = None
     max_memory: Mapping[int | str, int] | None = None
     offload_folder: str | None = None
     explain: bool = False
+    demote_on_oom: bool = True
     cache_size: int | None = None
     workload: Workload | None = None
 
@@ -103,6 +106,7 @@ def overrides(
     max_memory: Mapping[int | str, int | str] | None = None,
     offload_folder: str | os.PathLike[str] | None = None,
     explain: bool | None = None,
+    demote_on_oom: bool | None = None,
 ) -> dict[str, Any]:
     """The fields of `Settings` that are given (not None), checked and in their final form.
 
@@ -113,6 +117,7 @@ def overrides(
         "max_memory": None if max_memory is None else normalize_max_memory(max_memory),
         "offload_folder": None if offload_folder is None else os.fspath(offload_folder),
         "explain": explain,
+        "demote_on_oom": demote_on_oom,
     }
     return {name: value for name, value in given.items() if value is not None}
 
@@ -134,6 +139,7 @@ def from_environment(environ: Mapping[str, str] = os.environ) -> Settings:
         "max_memory": parse_max_memory,
         "offload_folder": str,
         "explain": _parse_flag,
+        "demote_on_oom": _parse_flag,
         "cache_size": parse_size,
         "workload": parse_workload,
     }

@@ -6,7 +6,7 @@ import contextlib
 import copy
 import functools
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ from .executor import CPU_DEVICE, Executor, Scope, Stats, unwatch, watch
 from .hooks import Forward, ModelHook, SequentialHook, add_hook_to_module, remove_hook_from_module
 from .moving import find_device, send_to_device
 from .prefetch import Recipe
+from .rescue import Rescue, install, uninstall
 
 ATTRIBUTE = "_hf_bigload"
 """Where a dispatched model keeps its `Attachment`."""
@@ -250,14 +251,18 @@ def attach(
     skip_keys: Sequence[str] = (),
     keep_alive: tuple[Any, ...] = (),
     force_hooks: bool = False,
+    rescue: Rescue | None = None,
 ) -> nn.Module:
     """Hook every block of `model` that does not simply run where it is, and remember the plan on the model.
 
-    A model that rests whole on one device gets no hooks (unless `force_hooks`): it is a plain module.
+    A model that rests whole on one device gets no hooks (unless `force_hooks`): it is a plain module. With `rescue`, a
+    model that computes on an accelerator gets a wrapper around it as a whole, for when memory runs out there.
     """
     model.hf_device_map = dict(plan.device_map)  # type: ignore[assignment]
     if len(plan.devices) == 1 and not plan.streams and not force_hooks:
         _resident[model] = plan
+        if rescue is not None:
+            install(model, rescue)
         return model
     moves = force_hooks or any(device not in (CPU, DISK) for device in plan.devices)
     hook = functools.partial(AlignDevicesHook, executor, moves=moves, skip_keys=skip_keys)
@@ -268,6 +273,8 @@ def attach(
         _hook_containers(model, plan, hook, devices)
     setattr(model, ATTRIBUTE, Attachment(plan, executor, keep_alive))
     _guard(model)
+    if rescue is not None:
+        install(model, rescue)
     return model
 
 
@@ -434,26 +441,47 @@ def _check_room(coming: Sequence[torch.Tensor], device: torch.device, dtype: tor
 
 def detach(model: nn.Module) -> None:
     """Take the hooks off and forget the plan. Weights stay where they rest, and stay readable."""
+    uninstall(model)
     attachment = attachment_of(model)
     if attachment is None:
         return
-    for module in model.modules():
-        _remove_ours(module)
-        unwatch(module)
-        compile_together(module)
-    _unguard(model)
-    del model.__dict__[ATTRIBUTE]
+    _unhook(model, lambda hook: isinstance(hook, AlignDevicesHook))
     attachment.executor.forget()
     attachment.executor.close()
 
 
-def _remove_ours(module: nn.Module) -> None:
-    """Remove the dispatch's hook, and keep the hooks that people added themselves."""
+def suspend(model: nn.Module) -> Executor | None:
+    """Take the hooks of the blocks off and give the rings back, for another plan to be attached.
+
+    Nothing else ends: the executor that is returned still knows what rests in files, and its reader has them open.
+    """
+    uninstall(model)
+    _resident.pop(model, None)
+    attachment = attachment_of(model)
+    if attachment is None:
+        return None
+    _unhook(model, lambda hook: isinstance(hook, AlignDevicesHook) and hook.executor is not None)
+    attachment.executor.prefetcher.close()
+    attachment.executor.machine.close_rings()
+    return attachment.executor
+
+
+def _unhook(model: nn.Module, is_ours: Callable[[ModelHook], bool]) -> None:
+    for module in model.modules():
+        _remove_hooks(module, is_ours)
+        unwatch(module)
+        compile_together(module)
+    _unguard(model)
+    del model.__dict__[ATTRIBUTE]
+
+
+def _remove_hooks(module: nn.Module, is_ours: Callable[[ModelHook], bool]) -> None:
+    """Remove the dispatch's hooks, and keep those that people added themselves."""
     hook = getattr(module, "_hf_hook", None)
     if hook is None:
         return
     hooks = hook.hooks if isinstance(hook, SequentialHook) else (hook,)
-    theirs = [h for h in hooks if not isinstance(h, AlignDevicesHook)]
+    theirs = [h for h in hooks if not is_ours(h)]
     if len(theirs) == len(hooks):
         return
     remove_hook_from_module(module)

@@ -358,6 +358,11 @@ class Executor:
             item = None if live is None else live.item_of(tensor)
             return tensor.data if item is None else item.residency.home
 
+    @property
+    def is_in_use(self) -> bool:
+        """Whether any weight is leased, or the calling thread is inside of a block."""
+        return bool(self._placed or self._thread.scopes)
+
     def forget(self) -> None:
         """Stop streaming: what rests in a file is from now on read through its mapping."""
         self.on_disk.clear()

@@ -116,9 +116,13 @@ class Machine:
         return self.ring(device).fits(load.nbytes) and (not load.staged or self.ring(CPU_DEVICE).fits(load.staged))
 
     def close(self) -> None:
+        self.close_rings()
+        self.reader.close()
+
+    def close_rings(self) -> None:
+        """Give the rings' memory back; what is read can still be read."""
         for ring in (*self.rings.values(), *self.aside.rings.values()):
             ring.close()
-        self.reader.close()
 
     def after_fork(self) -> None:
         for ring in (*self.rings.values(), *self.aside.rings.values()):

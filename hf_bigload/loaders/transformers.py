@@ -29,11 +29,13 @@ from ..dispatch.hooks import ModelHook, add_hook_to_module
 from ..errors import QuantizedOffloadError
 from ..hardware import torch_device
 from ..materialize import Materializer
+from ..placed import Placed
 from ..registry import Described
 from ..seams import AnySeam, PropertySeam, Provided, Seam
 from ..skeleton import dtype_name
 from ..specs import DISK, LoadRequest, Plan, TensorSpec, Workload
 from ..trace import Request
+from .transformers_caches import remember
 from .transformers_requests import request
 from .transformers_skeleton import describe, loaded_as, ties
 from .transformers_weights import Source, load_weights, reverted_in_groups
@@ -56,6 +58,7 @@ class Call:
     by_map: bool = True
     """A strategy or a map is followed, not a single device."""
     plan: Plan | None = None
+    request: LoadRequest | None = None
     materializer: Materializer | None = None
     files: Sequence[str] = ()
     loaded: bool = False
@@ -220,6 +223,7 @@ def _plan(call: Call, model: Any, device_map: Any, max_memory: Any, hf_quantizer
         offload_buffers=bool(call.options.get("offload_buffers")),
         skip_keys=_skip_keys(model),
     )
+    call.request = request
     ties = _ties(model, call.files)
     call.by_map = isinstance(device_map, str) or isinstance(call.options.get("device_map"), Mapping)
     call.plan = flow.plan_model(model, request, ties, _loaded_as(model, call, hf_quantizer))
@@ -312,7 +316,9 @@ def _finish(call: Call, model: Any) -> None:
 def _dispatch(call: Call, model: Any) -> None:
     assert call.plan is not None
     call.dispatched = True
-    flow.dispatch(model, call.plan, call.materializer, _skip_keys(model))
+    assert call.request is not None
+    placed = Placed(call.request, call.materializer, _skip_keys(model), settle_in=_settle_in, remember=remember)
+    flow.dispatch(model, call.plan, placed)
     if attachment_of(model) is None and not call.by_map:
         del model.hf_device_map  # whole on the one device that was asked for: a plain model, as the library has it
     else:
