@@ -10,6 +10,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from operator import itemgetter
 from typing import TYPE_CHECKING
 
 from rich import box
@@ -19,7 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .errors import human_bytes
-from .specs import CPU, DISK, BlockSpec, Needs, PhaseTime, Placement, Plan
+from .specs import CPU, DISK, DTYPE_BYTES, BlockSpec, Needs, PhaseTime, Placement, Plan
 from .timeline import Timeline
 
 if TYPE_CHECKING:
@@ -272,7 +273,7 @@ def _sums(estimate: Estimate) -> Table:
 
 def machine_view(found: Diagnosis) -> Group:
     """What `hf-bigload doctor` found: the machine, how fast it moves weights, its libraries, and what is wrong."""
-    return Group(_memory(found), _speeds(found), _libraries(found), _problems(found))
+    return Group(_memory(found), _speeds(found), _arithmetic(found), _libraries(found), _problems(found))
 
 
 def _memory(found: Diagnosis) -> Table:
@@ -302,6 +303,21 @@ def _speeds(found: Diagnosis) -> Table | str:
     table.add_row("RAM", "RAM, one thread", human_bytes(figures.host_copy))
     for name, rate in figures.to_device.items():
         table.add_row("RAM" if name in figures.not_pinned else "RAM, page-locked", name, human_bytes(rate))
+    return table
+
+
+def _arithmetic(found: Diagnosis) -> Table | str:
+    """How fast weights are multiplied by: what memory gives for one token, and arithmetic for many."""
+    if found.measurement is None:
+        return ""
+    table = Table(title="multiplication by weights", title_justify="left")
+    for column in ("on", "dtype", "for one token", "for many"):
+        table.add_column(column, justify="right" if column.startswith("for") else "left")
+    for device, arithmetic in found.measurement.bandwidths.arithmetic.items():
+        for dtype, curve in filter(itemgetter(0), arithmetic.curves.items()):  # "" stands for any other
+            (few, slow), (many, fast) = curve[0], curve[-1]
+            read = human_bytes(few * DTYPE_BYTES.get(dtype, 2) / slow)
+            table.add_row(device, dtype, f"{read} a second", f"{2e-12 * many / fast:.2f} TFLOP/s")
     return table
 
 
