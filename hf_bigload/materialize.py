@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
+import mmap
 import platform
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -78,6 +79,7 @@ class Materializer:
         self._legacy: dict[TensorEntry, str] = {}
         """Where what was in files of torch's old format went, and the file that each tensor was in."""
         self._arrivals: Arrivals | None = None
+        self._aside: mmap.mmap | None = None
         self.follow(plan)
         self.stamp(stamps)
         self._entries: dict[int, tuple[torch.Tensor, TensorEntry]] = {}
@@ -223,6 +225,7 @@ class Materializer:
         Raises:
             CheckpointError: one could not be read.
         """
+        self._aside = None
         if self._arrivals is not None:
             self._arrivals.finish()
             self._arrivals = None
@@ -281,8 +284,19 @@ class Materializer:
         slot = self._cache.slot(dtype_name(dtype), self._legacy.get(entry, entry.file), entry.name)
         cast = slot.find() if slot else None
         if cast is None:
-            cast = self._write(name, _cast(name, self.source(entry), dtype), slot)
+            cast = self._write(name, self._cast_aside(name, self.source(entry), dtype), slot)
         return self.rest_in(cast, self._mapped.tensor(cast))
+
+    def _cast_aside(self, name: str, source: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """A cast copy that is good until the next one: in memory that is used again, for from what is freed between
+        others a heap gives little back."""
+        _cast(name, torch.empty(1, dtype=source.dtype), dtype)  # fails here, with the name, if it cannot be done
+        if not source.is_contiguous():
+            return _cast(name, source, dtype)  # with the strides that a plain load gives it
+        nbytes = source.numel() * dtype.itemsize
+        if self._aside is None or len(self._aside) < nbytes:
+            self._aside = page_buffer(nbytes)
+        return torch.frombuffer(self._aside, dtype=dtype, count=source.numel()).view(source.shape).copy_(source)
 
     def _legacy_on_disk(self, path: str, stamp: FileStamp) -> dict[str, TensorEntry]:
         cache = self._cache_of({path: stamp})
