@@ -112,7 +112,9 @@ def predictions(bench: Bench, request: Request) -> Iterator[Row]:
     decode = phases["decode"]
     each = median(token["seconds"] for token in others)
     yield _predicted(f"{request.title}: a token", decode["seconds"] / decode["calls"], each)
-    held, planned = report["peak_anon_bytes"] - report["runtime_anon_bytes"], report["plan"]["used"]["cpu"]
+    # where nothing streams, weights are pages of their files: they count then
+    kind = "anon" if report["plan"]["ring"] else "rss"
+    held, planned = report[f"peak_{kind}_bytes"] - report[f"runtime_{kind}_bytes"], report["plan"]["used"]["cpu"]
     yield Row(f"{request.title}: peak memory", size(planned), size(held), planned / held, Within(0.05))
 
 

@@ -40,7 +40,7 @@ DISK_BYTES = 512 << 20
 MEMORY_BYTES = 128 << 20
 """Bytes of one copy in memory: more than any processor's caches."""
 
-_FORMAT = 3
+_FORMAT = 4
 _MIB = 1 << 20
 _REPEATS = 4
 _DTYPES = ("float32", "bfloat16", "float16")
@@ -97,7 +97,7 @@ def known(folder: str | None = None) -> Measurement | None:
 
 def _curves(content: Mapping[str, Any]) -> Arithmetic:
     curves = {dtype: tuple((float(n), float(s)) for n, s in rows) for dtype, rows in content["curves"].items()}
-    return Arithmetic(curves, float(content["per_weight"]))
+    return Arithmetic(curves, float(content["per_weight"]), float(content["per_value"]))
 
 
 def speeds(device: str, folder: str | None = None) -> Speeds:
@@ -141,7 +141,7 @@ def measure(folder: str, disk_bytes: int = DISK_BYTES, memory_bytes: int = MEMOR
         to_device[name], pinned = device_bandwidth(name, memory_bytes)
         if not pinned:
             not_pinned.append(name)
-    arithmetic = {name: multiplying(name, memory_bytes // 2) for name in (CPU, *to_device)}
+    arithmetic = {name: multiplying(name, 2 * memory_bytes) for name in (CPU, *to_device)}
     return Bandwidths(disk, direct, host_bandwidth(memory_bytes), to_device, tuple(not_pinned), arithmetic)
 
 
@@ -244,7 +244,9 @@ def multiplying(name: str, nbytes: int = MEMORY_BYTES) -> Arithmetic:
             weights = [torch.rand(size, size, device=device).to(getattr(torch, dtype)) for _ in range(count)]
             curves[dtype] = tuple(_curve(weights))
         overhead = _best(partial(_small_modules, torch.rand(1, 8, device=device)), _waiting(device)) / _SMALL_MODULES
-    return Arithmetic({**curves, "": curves["bfloat16"]}, overhead)
+        values = torch.rand(size, size // 4, device=device).bfloat16()
+        per_value = _best(partial(_pointwise, values), _waiting(device)) / (len(_POINTWISE) * values.numel())
+    return Arithmetic({**curves, "": curves["bfloat16"]}, overhead, per_value)
 
 
 def _curve(weights: Sequence[torch.Tensor]) -> Iterator[tuple[float, float]]:
@@ -266,6 +268,15 @@ def _multiply(weights: Sequence[torch.Tensor], inputs: torch.Tensor) -> None:
 
     for weight in weights:
         linear(inputs, weight)
+
+
+_POINTWISE = ("neg", "tanh", "square", "float", "sigmoid", "abs")
+"""Operators of which some are as quick as memory, and some are not."""
+
+
+def _pointwise(values: torch.Tensor) -> None:
+    for operator in _POINTWISE:
+        getattr(values, operator)()
 
 
 def _small_modules(inputs: torch.Tensor) -> None:

@@ -106,7 +106,7 @@ def _estimate_as_json(figures: Estimate) -> dict[str, Any]:
         "workload": dataclasses.asdict(figures.needs.workload),
         **{name: getattr(figures, name) for name in names},
         "cache_by_block": dict(figures.needs.cache),
-        "operations_by_block": dict(figures.needs.operations),
+        "work_by_block": {name: [*map(dataclasses.asdict, work)] for name, work in figures.needs.work.items()},
     }
 
 

@@ -14,7 +14,7 @@ from math import prod
 from typing import Any
 
 from . import report
-from .specs import DTYPE_BYTES, BlockSpec, ModelSpec, Needs, TensorSpec, Workload
+from .specs import DTYPE_BYTES, BlockSpec, ModelSpec, Needs, TensorSpec, Work, Workload
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def bound(spec: ModelSpec, workload: Workload, config: Mapping[str, Any] | None 
         workload,
         activations=values * (width + FP32_BYTES),
         cache={name: size for name, size in cache.items() if size},
-        operations={b.name: shape.operations(b, workload) for b in spec.blocks if not b.gathers and b.elements},
+        work={b.name: shape.work(b, workload) for b in spec.blocks if not b.gathers and b.elements},
         method="bound",
         error=BOUND_ERROR,
     )
@@ -163,11 +163,11 @@ class _Shape:
         size = self._first("head_dim", "d_kv", "kv_channels") or self.hidden // self.heads
         return heads * size if heads > 1 else self.hidden
 
-    def operations(self, block: BlockSpec, workload: Workload) -> tuple[float, float]:
+    def work(self, block: BlockSpec, workload: Workload) -> tuple[Work, Work]:
         weights = sum(prod(t.shape) * self._share(t) for t in block.tensors if not t.is_buffer)
         batch = workload.batch_size
         first = batch * workload.context_length if block.prompt or block.calls is not None else batch
-        return 2.0 * weights * first, 2.0 * weights * batch if block.calls is None else 0.0
+        return Work(2.0 * weights * first), Work(2.0 * weights * batch if block.calls is None else 0.0)
 
     def _share(self, tensor: TensorSpec) -> float:
         """Of an expert's weights, the share that one token uses."""

@@ -115,9 +115,11 @@ def _best(
     named: then they are for everything.
     """
     named = settings.current().workload
-    needs = Needs(named or Workload())
-    if (named or not asked_for) and not _has_room(spec, budget, bound(spec, needs.workload, config)):
-        needs = needs_for(needs.workload)
+    most = bound(spec, named or Workload(), config)
+    if (named is None and asked_for) or _has_room(spec, budget, most):
+        needs = Needs(most.workload, work=most.work)  # for predictions; nothing has to be kept room for
+    else:
+        needs = needs_for(most.workload)
     return make_plan_with_room(
         spec,
         budget,

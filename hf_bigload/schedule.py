@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from .specs import CPU, DISK, DTYPE_BYTES, Arithmetic, BlockSpec, Needs, PhaseTime, Placement, Speeds, Workload
+from .specs import CPU, DISK, DTYPE_BYTES, Arithmetic, BlockSpec, Needs, PhaseTime, Placement, Speeds, Work, Workload
 
 _PASSES = 3
 """Calls that are followed one by one; the others take as long as the last of them."""
@@ -100,13 +100,15 @@ def task(placement: Placement, phase: Phase, needs: Needs, speeds: Speeds, borro
 
 
 def _compute(block: BlockSpec, phase: Phase, needs: Needs, speed: Arithmetic, borrowed: int) -> float:
-    """Seconds of multiplying by every weight, or of the operations that are known; a table is gathered."""
+    """Seconds of multiplying by every weight, or of the work that is known; a table is gathered."""
     if block.gathers:
         return 0.0
     elements = block.elements + borrowed / DTYPE_BYTES.get(block.dtype, 2)
-    known = needs.operations.get(block.name) if block.part_of is None else None
-    tokens = known[0 if phase.first else 1] / (2 * elements) if known and elements else phase.tokens
-    return speed.seconds(block.dtype, elements, tokens) + speed.per_weight * len(block.tensors)
+    known = needs.work.get(block.name) if block.part_of is None else None
+    work = known[0 if phase.first else 1] if known else Work(2 * elements * phase.tokens)
+    tokens = work.operations / (2 * elements) if elements else 0
+    small = speed.per_weight * len(block.tensors) + speed.per_value * work.values
+    return speed.seconds(block.dtype, elements, tokens) + small
 
 
 def predict(placements: Sequence[Placement], needs: Needs, speeds: Speeds, slots: int) -> tuple[PhaseTime, ...]:

@@ -195,6 +195,22 @@ class Workload:
 
 
 @dataclass(frozen=True)
+class Work:
+    """What is computed in one call."""
+
+    operations: float = 0.0
+    """Of matrix multiplications: two for a multiplication and its addition."""
+    values: float = 0.0
+    """Elements that all other operators put out, one after another."""
+
+    def __add__(self, other: Work) -> Work:
+        return Work(self.operations + other.operations, self.values + other.values)
+
+    def __sub__(self, other: Work) -> Work:
+        return Work(self.operations - other.operations, self.values - other.values)
+
+
+@dataclass(frozen=True)
 class Needs:
     """What a request of a workload takes beside the weights. By block name; what is not named takes nothing."""
 
@@ -203,8 +219,8 @@ class Needs:
     """Bytes that one forward has at once at its peak, on each device that computes."""
     cache: Mapping[str, int] = field(default_factory=dict)
     """Bytes that a block remembers at the end of the request (keys and values, states), where it is computed."""
-    operations: Mapping[str, tuple[float, float]] = field(default_factory=dict)
-    """Operations (two for a multiplication and its addition) of a block: in the first call, in one for a new token."""
+    work: Mapping[str, tuple[Work, Work]] = field(default_factory=dict)
+    """What a block computes: in the first call, in one for a new token."""
     method: str = "none"
     """How the figures were found: "trace", or "bound" where the model could not be traced."""
     error: float = 0.0
@@ -222,6 +238,8 @@ class Arithmetic:
     curves: Mapping[str, tuple[tuple[float, float], ...]]
     per_weight: float = 0.0
     """Seconds that a module with one weight takes however small that is: Python, and starting some operators."""
+    per_value: float = 0.0
+    """Seconds for each element that an operator puts out which is no multiplication of matrices."""
 
     def seconds(self, dtype: str, elements: float, tokens: float) -> float:
         """Of a multiplication by a weight of `elements` elements; between the table's rows, in proportion."""

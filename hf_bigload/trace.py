@@ -16,7 +16,7 @@ import functools
 import logging
 import re
 import weakref
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
@@ -29,7 +29,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
 from . import registry, settings
 from .estimate import bound
-from .specs import ModelSpec, Needs, Workload
+from .specs import ModelSpec, Needs, Work, Workload
 
 logger = logging.getLogger(__name__)
 
@@ -137,12 +137,16 @@ def _extrapolated(model: nn.Module, spec: ModelSpec, request: _Requests, workloa
         return max(second, first + (second - first) * (length - _SHORT[0]) / (_SHORT[1] - _SHORT[0]))
 
     context, end = workload.context_length, workload.context_length + workload.new_tokens - 2
-    none = (0.0, 0.0)
+    none = (Work(), Work())
+
+    def work(first: Work, second: Work) -> Work:
+        return Work(at(context, first.operations, second.operations), at(context, first.values, second.values))
+
     return Needs(
         workload,
         round(at(context, a.activations, b.activations)),
         {name: round(at(end, a.cache.get(name, 0), size)) for name, size in b.cache.items()},
-        {n: (at(context, a.operations.get(n, none)[0], first), step) for n, (first, step) in b.operations.items()},
+        {name: (work(a.work.get(name, none)[0], first), step) for name, (first, step) in b.work.items()},
         "trace",
         EXTRAPOLATION_ERROR,
     )
@@ -165,8 +169,8 @@ def trace(model: nn.Module, spec: ModelSpec, request: Request, workload: Workloa
         measured = _Run(twin, spec, at_end.remembered, alike)
         first, step = measured.calls(request, 0, steps=True)
     names = dict.fromkeys((*first, *step))
-    operations = {name: (float(first[name]), float(step[name])) for name in names if first[name] or step[name]}
-    return Needs(workload, measured.meter.peak, at_end.remembered, operations, "trace", ERROR)
+    work = {name: (first[name], step[name]) for name in names if first[name] != Work() or step[name] != Work()}
+    return Needs(workload, measured.meter.peak, at_end.remembered, work, "trace", ERROR)
 
 
 # ---------------------------------------------------------------- a model without memory
@@ -241,7 +245,7 @@ class _Storage:
 
 
 class Meter(TorchDispatchMode):
-    """Counts, while operators run, the bytes made and not freed yet, and the operations of each block.
+    """Counts, while operators run, the bytes made and not freed yet, and the work of each block.
 
     `peak` leaves out what blocks keep beyond their own call, up to `remembered` bytes of each (what is planned for).
     """
@@ -256,7 +260,7 @@ class Meter(TorchDispatchMode):
         self._longest = longest
         self.peak = 0
         self.kept: Counter[str] = Counter()
-        self.operations: Counter[str] = Counter()
+        self.work: defaultdict[str, Work] = defaultdict(Work)
         self.owner = ""
         self._live = self._excess = self.operators = 0
         self._remembered = remembered or {}
@@ -269,24 +273,29 @@ class Meter(TorchDispatchMode):
         self.operators += 1
         if self.operators > self._longest:
             raise TooLong(f"a call takes more than {self._longest} operators")
-        for tensor in out if isinstance(out, tuple | list) else (out,):
-            if isinstance(tensor, torch.Tensor):
-                self._see(tensor)
+        tensors = (
+            each for each in (out if isinstance(out, tuple | list) else (out,)) if isinstance(each, torch.Tensor)
+        )
+        made = sum(tensor.numel() for tensor in tensors if self._see(tensor))
         formula = _OPERATIONS.get(func._overloadpacket) or flop_registry.get(func._overloadpacket)
         if formula is not None:
-            self.operations[self.owner] += formula(*args, **(kwargs or {}), out_val=out)
+            self.work[self.owner] += Work(operations=float(formula(*args, **(kwargs or {}), out_val=out)))
+        elif made and func._overloadpacket not in _EMPTY:
+            self.work[self.owner] += Work(values=float(made))
         return out
 
-    def _see(self, tensor: torch.Tensor) -> None:
+    def _see(self, tensor: torch.Tensor) -> bool:
+        """Whether its memory is new."""
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key in self._storages:
-            return
+            return False
         made = _Storage(storage.nbytes(), self.owner)
         made.watch = weakref.ref(storage, functools.partial(self._freed, key))
         self._storages[key] = made
         self._made.append(made)
         self.rise(made.nbytes)
+        return True
 
     def _freed(self, key: int, _: Any) -> None:
         storage = self._storages.pop(key)
@@ -356,6 +365,9 @@ _OPERATIONS: Mapping[Any, Callable[..., int]] = {
     **({torch.ops.aten._grouped_mm: _grouped} if hasattr(torch.ops.aten, "_grouped_mm") else {}),
 }
 """Formulas that torch's flop counter has not."""
+_aten = torch.ops.aten
+_EMPTY = (_aten.empty, _aten.empty_strided, _aten.empty_like, _aten.new_empty, _aten.new_empty_strided)
+"""Operators that compute nothing."""
 
 
 # ---------------------------------------------------------------- the run
@@ -363,11 +375,11 @@ _OPERATIONS: Mapping[Any, Callable[..., int]] = {
 
 @dataclass(frozen=True)
 class _Taken:
-    """What a block took in a call, for those that are alike: bytes over those at its begin, remembered, operations."""
+    """What a block took in a call, for those that are alike: bytes over those at its begin, remembered, and work."""
 
     rise: int
     kept: int
-    operations: int
+    work: Work
     outputs: _Recipe
 
 
@@ -386,12 +398,12 @@ class _Run:
             forward = type(module).forward.__get__(module)
             module.__dict__["forward"] = functools.partial(self._block, block.name, kind, forward)
 
-    def calls(self, request: Request, ahead: int, steps: bool) -> tuple[Counter[str], Counter[str]]:
-        """Operations by block in the first call, and in one for a new token. Then `remembered` is what is kept."""
+    def calls(self, request: Request, ahead: int, steps: bool) -> tuple[Mapping[str, Work], Mapping[str, Work]]:
+        """Work by block in the first call, and in one for a new token. Then `remembered` is what is kept."""
         held = self._call(request.first, ahead)
-        first, step = Counter(self.meter.operations), Counter[str]()
+        first, step = self.meter.work, defaultdict[str, Work](Work)
+        self.meter.work = step
         if request.step is not None and steps:
-            self.meter.operations = step
             held = self._call(request.step, held)
         self.remembered = dict(+self.meter.kept)
         del held
@@ -415,7 +427,7 @@ class _Run:
         outside, meter.owner = meter.owner, name
         self._depth += 1
         peak, level, since = meter.peak, meter.level, meter.made
-        kept, operations = meter.kept[name], meter.operations[name]
+        kept, work = meter.kept[name], meter.work[name]
         meter.peak = level
         try:
             out = forward(*args, **kwargs)
@@ -426,7 +438,7 @@ class _Run:
             self._taken[like] = _Taken(
                 meter.peak - level,
                 meter.kept[name] - kept,
-                meter.operations[name] - operations,
+                meter.work[name] - work,
                 _recipe(out, list(_leaves((args, kwargs)))),
             )
         meter.peak = max(peak, meter.peak)
@@ -439,7 +451,7 @@ class _Run:
         meter.owner = name
         meter.peak = max(meter.peak, meter.level + taken.rise)
         meter.keep(name, taken.kept)
-        meter.operations[name] += taken.operations
+        meter.work[name] += taken.work
         return taken.outputs(list(_leaves((args, kwargs))))
 
 

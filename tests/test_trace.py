@@ -19,7 +19,7 @@ import transformers
 from hf_bigload import trace as module
 from hf_bigload.estimate import BOUND_ERROR, bound
 from hf_bigload.skeleton import model_spec
-from hf_bigload.specs import Needs, Workload
+from hf_bigload.specs import Needs, Work, Workload
 from hf_bigload.trace import ERROR, EXTRAPOLATION_ERROR, needs_of
 from tests.architectures.tiny import FIRST_WORD, LAST_WORD, architecture, tiny_model
 
@@ -153,18 +153,18 @@ def test_operations_are_those_of_the_multiplications() -> None:
     model = tiny_model(architecture("causal:llama"))
     found, tokens = needs(model), BATCH * CONTEXT
     head = 2 * model.lm_head.weight.numel()
-    assert found.operations["lm_head"] == (head * tokens, head * BATCH)
+    assert [work.operations for work in found.work["lm_head"]] == [head * tokens, head * BATCH]
     weights = sum(p.numel() for p in model.model.layers[0].parameters() if p.dim() == 2)
-    first, step = found.operations["model.layers.5"]
+    first, step = (work.operations for work in found.work["model.layers.5"])
     assert first > 2 * weights * tokens and step > 2 * weights * BATCH
-    assert found.operations["model.layers.0"] == (first, step)
+    assert found.work["model.layers.0"] == found.work["model.layers.5"]
 
 
 def test_a_tower_runs_once() -> None:
     model = transformers.LlavaForConditionalGeneration(llava_config()).eval()
     found = needs(model)
-    tower = [figures for name, figures in found.operations.items() if "vision_tower" in name]
-    assert tower and all(first > 0 and step == 0 for first, step in tower)
+    tower = [figures for name, figures in found.work.items() if "vision_tower" in name]
+    assert sum(first.operations for first, _ in tower) > 0 and all(step == Work() for _, step in tower)
     assert per_token(model, found) == bytes_of(generated(model))
 
 
@@ -191,7 +191,7 @@ def test_other_inputs_are_traced_too(kind: str, config: str) -> None:
     with torch.device("meta"):
         model = getattr(transformers, kind).from_config(getattr(transformers, name)(**options)).eval()
     found = needs(model)
-    assert found.activations > 0 and found.operations
+    assert found.activations > 0 and found.work
 
 
 # ---------------------------------------------------------------- models of real sizes, on meta
@@ -234,7 +234,7 @@ def test_a_loop_over_tokens_is_extrapolated(monkeypatch: pytest.MonkeyPatch) -> 
     exact = needs(model, context=100)
     assert drawn.error == EXTRAPOLATION_ERROR and drawn.cache == exact.cache
     assert drawn.activations == pytest.approx(exact.activations, rel=EXTRAPOLATION_ERROR)
-    total, of_exact = (sum(first for first, _ in each.operations.values()) for each in (drawn, exact))
+    total, of_exact = (sum(first.operations for first, _ in each.work.values()) for each in (drawn, exact))
     assert total == pytest.approx(of_exact, rel=EXTRAPOLATION_ERROR)
 
 
