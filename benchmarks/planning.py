@@ -6,6 +6,7 @@
 `prediction`: seconds of the first token (the encoder and the prompt with it) and of those after it, and the peak of
 memory, as the plan says them before the run and as they were in it. The machine is measured first, as `hf-bigload
 doctor` does it.
+`plan_time`: seconds of planning for a thousand blocks and for a hundred thousand modules, and the gap to the bound.
 `encoder_decoder`: `generate` with an encoder-decoder and a budget that holds its decoder, ours beside stock's.
 
 Checkpoints are looked for in build/bench and written if missing (15 GB; 22 GB more with --t0pp).
@@ -15,8 +16,10 @@ from __future__ import annotations
 
 import argparse
 import os
+import random
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -31,9 +34,12 @@ from benchmarks.processes import Runner, can_isolate, guarded
 from benchmarks.report import Row, Target, Within, append, duration, machine, markdown, print_table, rate, size
 from benchmarks.write_checkpoint import ensure_checkpoint
 from hf_bigload import bandwidth
+from hf_bigload.planner import make_plan
+from hf_bigload.specs import BlockSpec, Hardware, ModelSpec, TensorSpec
 
 FOLDER = Path("build/bench")
 Report = dict[str, Any]
+CASES = ("prediction", "plan_time", "encoder_decoder")
 
 
 @dataclass(frozen=True)
@@ -151,6 +157,38 @@ def _per_token(report: Report) -> tuple[float, float]:
     return sum(t["streamed_bytes"] for t in tokens) / len(tokens), median(t["seconds"] for t in tokens)
 
 
+# ---------------------------------------------------------------- how long planning takes
+
+
+def plan_times() -> Iterator[Row]:
+    """Blocks of unequal sizes on half of the memory that they need, a quarter of them in RAM."""
+    for blocks, leaves, target in ((1000, 1, 0.1), (1000, 100, 5.0)):
+        spec = _unequal(blocks, leaves)
+        hardware = Hardware({"cuda:0": spec.nbytes // 2}, spec.nbytes // 4)
+        seconds = []
+        for _ in range(5):
+            started = time.perf_counter()
+            plan = make_plan(spec, hardware)
+            seconds.append(time.perf_counter() - started)
+        title, gap = (
+            f"planning {blocks:,} blocks of {leaves:,} modules",
+            f"{plan.seconds / plan.bound:.3f} of the bound",
+        )
+        yield Row(title, duration(median(seconds)), "", median(seconds), Target(target, False), gap)
+
+
+def _unequal(blocks: int, leaves: int) -> ModelSpec:
+    rng = random.Random(1)
+
+    def leaf(i: int, j: int) -> BlockSpec:
+        name, size = f"{i}.{j}", rng.randint(10**5, 2 * 10**6)
+        return BlockSpec(name, (TensorSpec(f"{name}.w", size, "uint8", (size,)),), whole=False, part_of=str(i))
+
+    parts = [tuple(leaf(i, j) for j in range(leaves)) for i in range(blocks)]
+    tensors = [tuple(t for part in each for t in part.tensors) for each in parts]
+    return ModelSpec(tuple(BlockSpec(str(i), tensors[i], whole=True, parts=parts[i]) for i in range(blocks)))
+
+
 # ---------------------------------------------------------------- all of it
 
 
@@ -158,6 +196,8 @@ def run(bench: Bench, names: Sequence[str] | None) -> Iterator[tuple[Row, bool]]
     if not names or "prediction" in names:
         for request in TINY_PREDICTED if bench.tiny else PREDICTED:
             yield from guarded(Row(request.title), partial(predictions, bench, request))
+    if not names or "plan_time" in names:
+        yield from guarded(Row("planning"), plan_times)
     if not names or "encoder_decoder" in names:
         wanted = [TINY_PREDICTED[0]] if bench.tiny else [DECODER_STAYS, *[T0PP_DECODER_STAYS] * bench.t0pp]
         for request in wanted:
@@ -166,7 +206,7 @@ def run(bench: Bench, names: Sequence[str] | None) -> Iterator[tuple[Row, bool]]
 
 def parse_options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="What plans promise, held against what happens.")
-    parser.add_argument("--case", action="append", choices=["prediction", "encoder_decoder"], help="default: both")
+    parser.add_argument("--case", action="append", choices=CASES, help="default: all")
     parser.add_argument("--tiny", action="store_true", help="models of some hundred kilobytes: the logic alone")
     parser.add_argument("--t0pp", action="store_true", help="the encoder-decoder of 22 GB too")
     parser.add_argument("--folder", type=Path, default=FOLDER, help="of the checkpoints (build/bench)")

@@ -136,7 +136,7 @@ def plan(
     machine, needs = _machine(*described), found.needs(_workload(batch, context, new_tokens))
     made, refusal = _plan_or_refusal(found.spec, machine, needs, named)
     if made is not None and not made.activations and not made.cache:
-        needs = Needs(needs.workload)
+        needs = dataclasses.replace(needs, activations=0, cache={})
     steps = advice.next_steps(found.spec, machine, made, needs)
     if as_json:
         content = _description_as_json(found) | _plan_as_json(made, machine, steps)

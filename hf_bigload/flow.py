@@ -95,7 +95,7 @@ def _plan(
     budget = replace(budget, speeds=bandwidth.speeds(next(iter(budget.devices), CPU)))
     if _chosen_here(request):
         return _best(spec, request, budget, max_memory is not None, needs_for, config)
-    return _follow(spec, request, budget)
+    return _follow(spec, request, budget, needs_for)
 
 
 NeedsFor = Callable[[Workload], Needs]
@@ -137,13 +137,21 @@ def _has_room(spec: ModelSpec, budget: Hardware, most: Needs) -> bool:
     return spec.nbytes + most.activations + sum(most.cache.values()) <= room
 
 
-def _follow(spec: ModelSpec, request: LoadRequest, budget: Hardware) -> Plan:
+def _follow(spec: ModelSpec, request: LoadRequest, budget: Hardware, needs_for: NeedsFor) -> Plan:
+    """What the request's map says; a workload that was named is counted, and nothing is moved for it."""
     device_map = {k: hardware.device_name(v) for k, v in normalize_devices(as_map(request.device_map)).items()}
     _check_covered(spec, device_map)
     placed = [name for name in dict.fromkeys(device_map.values()) if name not in (CPU, DISK)]
     main = hardware.device_name(request.main_device) if request.main_device is not None else next(iter(placed), CPU)
+    named = settings.current().workload
     return follow_map(
-        spec, lambda name: resolve(device_map, name), main, budget, request.offload_buffers, hardware.map_value
+        spec,
+        lambda name: resolve(device_map, name),
+        main,
+        budget,
+        request.offload_buffers,
+        hardware.map_value,
+        None if named is None else needs_for(named),
     )
 
 

@@ -19,7 +19,7 @@ from math import inf
 from typing import Any, NamedTuple
 
 from .errors import BudgetError, human_bytes
-from .schedule import Phase, Task, phases, predict, task, window
+from .schedule import Phase, Task, phases, predict, task, window, with_leaves
 from .search import DEVICE, FILES, RAM, Choice, Item, Problem, Search, Step
 from .specs import CPU, DISK, BlockSpec, Hardware, ModelSpec, Needs, Placement, Plan, Workload
 
@@ -58,7 +58,7 @@ def make_plan(
     """
     if strategy not in STRATEGIES:
         raise ValueError(f"device_map={strategy!r}: choose one of {', '.join(STRATEGIES)}, a device, or a dict.")
-    needs = needs or Needs(Workload())
+    needs = with_leaves(needs or Needs(Workload()), spec.blocks)
     resident = _resident(spec, hardware, strategy, needs)
     if resident is None:
         placements, depth, bound = _Offload(spec, hardware, offload_buffers, strategy == "sequential", needs).found()
@@ -83,7 +83,7 @@ def make_plan_with_room(spec: ModelSpec, hardware: Hardware, needs: Needs, firm:
     except BudgetError:
         if firm:
             raise
-    plan = make_plan(spec, hardware, needs=Needs(needs.workload), **options)
+    plan = make_plan(spec, hardware, needs=replace(needs, activations=0, cache={}), **options)
     logger.warning(
         "No room is kept for what a request takes beside the weights: %s for activations and %s for caches, with %s. "
         "Shorter requests may run; hf_bigload.workload(...) says what to plan for.",
@@ -111,7 +111,7 @@ def follow_map(
         cut = block.whole and (len(homes) > 1 or (homes <= {CPU, DISK} and is_mostly_tables(block)))
         placements += [_as_mapped(unit, home_of, main_device) for unit in (block.parts if cut else (block,))]
     placements = _borrowers_follow(placements, {**hardware.devices, CPU: hardware.ram})
-    needs = needs or Needs(Workload())
+    needs = with_leaves(needs or Needs(Workload()), spec.blocks)
     finish = partial(_finish, spec, placements, main_device, hardware, needs, offload_buffers, map_value)
     for depth in _DEPTHS:
         plan = finish(depth)
@@ -225,7 +225,8 @@ class _Offload:
         leaves = [leaf for block in spec.blocks for leaf in (block.parts or (block,))]
         self.read_whole = {name for leaf in leaves if not leaf.gathers for name in leaf.borrows}
         self.caches = {block.parts[0].name: block.name for block in spec.blocks if block.parts}
-        self.limit = self._limit(spec.blocks)
+        elsewhere = self._roughly_elsewhere(spec.blocks)
+        self.limit = self._limit([block for block, home in zip(spec.blocks, elsewhere, strict=True) if home is None])
 
     def found(self) -> _Found:
         """The fastest placement that is found."""
@@ -243,9 +244,9 @@ class _Offload:
 
     def _fastest(self, units: Sequence[BlockSpec]) -> _Found | None:
         """With two slots; with one only where two do not fit, or where that gains more than prefetch may be worth."""
-        best, shortest = None, inf
+        best, shortest, worthwhile = None, inf, True
         for depth in _DEPTHS:
-            if best is not None and self.in_order:
+            if best is not None and (self.in_order or not worthwhile):
                 break
             homes = self._on_others(units, depth)
             problem = self._problem([u for u, home in zip(units, homes, strict=True) if home is None], depth)
@@ -255,6 +256,7 @@ class _Offload:
             if choice is not None and (seconds := problem.seconds(choice)) < shortest * (1 - _WORTH_A_SLOT):
                 bound = 0.0 if any(homes) else problem.lower_bound()
                 best, shortest = _Found(self._at(units, homes, choice), depth, bound), seconds
+                worthwhile = problem.gained_by_a_slot(choice) > _WORTH_A_SLOT
         return best
 
     def _at(self, units: Sequence[BlockSpec], homes: Sequence[str | None], choice: Choice) -> list[Placement]:
@@ -262,6 +264,15 @@ class _Offload:
         tiers = iter(choice)
         placed = [self._placement(u, home or names[next(tiers)]) for u, home in zip(units, homes, strict=True)]
         return _borrowers_follow(placed, {self.main: self.limit})
+
+    def _roughly_elsewhere(self, blocks: Sequence[BlockSpec]) -> list[str | None]:
+        """Which of the other accelerators would hold a block, if nothing streamed."""
+        budgets = {name: size - self.needs.activations for name, size in self.hardware.devices.items()}
+        if not self.in_order:
+            budgets = dict(reversed(budgets.items()))
+        step = 1 if self.in_order else -1
+        homes = _fill(blocks[::step], budgets, self._with_cache)[::step]
+        return [None if home == self.main else home for home in homes]
 
     def _on_others(self, units: Sequence[BlockSpec], depth: int) -> list[str | None]:
         """Which of the other accelerators holds a unit: the last units, or if in order, those after the main one's."""
@@ -313,7 +324,7 @@ class _Offload:
         if self.on_cpu:
             return Item(resident, 0, ring=arrival, staging=0, calls=calls, tiers=(DEVICE, FILES))
         if self._too_large(unit):
-            return Item(0, unit.nbytes, ring=0, staging=arrival, calls=calls, tiers=(RAM, FILES))
+            return Item(0, unit.nbytes, ring=0, staging=0, calls=calls, tiers=(RAM, FILES))
         return Item(resident, unit.nbytes, ring=arrival, staging=arrival, calls=calls)
 
     def _tasks(self, unit: BlockSpec, lender: BlockSpec, phase: Phase) -> tuple[Task, ...]:
@@ -396,7 +407,7 @@ def _finish(
     depth: int,
 ) -> Plan:
     cache = _caches(placements, needs)
-    activations = dict.fromkeys({p.device for p in placements}, needs.activations) if needs.activations else {}
+    activations = {p.device: needs.activations for p in placements} if needs.activations else {}
     ring = rings(placements, depth)
     homes = {t.name: map_value(p.home_of(t.name)) for p in placements for t in p.block.tensors}
     homes.update({name: homes[owner] for name, owner in spec.ties.items() if owner in homes})

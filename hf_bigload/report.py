@@ -45,7 +45,8 @@ def prediction(plan: Plan) -> str:
     what = f"{many} of {workload.context_length:,} tokens and {workload.new_tokens:,} new ones"
     calls = ", ".join(_phase(phase) for phase in plan.predicted)
     how = "as this machine was measured" if plan.measured else "with round figures; `hf-bigload doctor` measures"
-    return f"Predicted for {what}: {_seconds(plan.seconds)} ({calls}), {how}."
+    best = f" No placement could take less than {_seconds(plan.bound)}." if plan.bound else ""
+    return f"Predicted for {what}: {_seconds(plan.seconds)} ({calls}), {how}.{best}"
 
 
 def _phase(phase: PhaseTime) -> str:
@@ -74,12 +75,14 @@ def _blocks(plan: Plan, title: str) -> Table:
 
 def _budgets(plan: Plan) -> Table:
     budgets = Table()
-    for column in ("device", "weights and ring", "of which ring", "budget"):
+    for column in ("device", "kept for the model", "of which ring", "cache, activations", "budget"):
         budgets.add_column(column, justify="left" if column == "device" else "right")
-    for device in _devices(plan):
-        ring, budget = plan.ring.get(device, 0), plan.budget.get(device)
-        used = human_bytes(plan.used.get(device, 0))
-        budgets.add_row(device, used, human_bytes(ring), "-" if budget is None else human_bytes(budget))
+    for each in memory_of(plan):
+        parts = dict(each.parts)
+        beside = parts.get("cache", 0) + parts.get("activations", 0)
+        budget = "-" if each.budget is None else human_bytes(each.budget)
+        sizes = (each.used, parts.get("ring", 0), beside)
+        budgets.add_row(each.device, *map(human_bytes, sizes), budget)
     return budgets
 
 

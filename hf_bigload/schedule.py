@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from .specs import CPU, DISK, DTYPE_BYTES, Arithmetic, BlockSpec, Needs, PhaseTime, Placement, Speeds, Work, Workload
@@ -91,10 +91,13 @@ def task(placement: Placement, phase: Phase, needs: Needs, speeds: Speeds, borro
     home, on_cpu = placement.home, placement.device == CPU or placement.at_home
     moved = 0 if placement.at_home else placement.streamed_bytes + borrowed
     from_disk = moved > 0 and DISK in (home, *placement.exceptions.values())
+    # what is computed where it rests comes page by page, while it is computed with
+    paged = placement.block.nbytes if placement.at_home and home == DISK and not placement.block.gathers else 0
     return Task(
         read=moved / speeds.disk if from_disk else 0.0,
         copy=0.0 if on_cpu else moved / speeds.bus,
-        compute=_compute(placement.block, phase, needs, speeds.cpu if on_cpu else speeds.device, borrowed),
+        compute=_compute(placement.block, phase, needs, speeds.cpu if on_cpu else speeds.device, borrowed)
+        + paged / speeds.disk,
         from_memory=moved > 0 and not from_disk,
     )
 
@@ -104,11 +107,29 @@ def _compute(block: BlockSpec, phase: Phase, needs: Needs, speed: Arithmetic, bo
     if block.gathers:
         return 0.0
     elements = block.elements + borrowed / DTYPE_BYTES.get(block.dtype, 2)
-    known = needs.work.get(block.name) if block.part_of is None else None
+    known = needs.work.get(block.name if block.part_of is None else leaf_of(block.part_of, block.name))
     work = known[0 if phase.first else 1] if known else Work(2 * elements * phase.tokens)
     tokens = work.operations / (2 * elements) if elements else 0
     small = speed.per_weight * len(block.tensors) + speed.per_value * work.values
     return speed.seconds(block.dtype, elements, tokens) + small
+
+
+def leaf_of(block: str, leaf: str) -> str:
+    """What `Needs.work` calls a leaf of a block that was cut."""
+    return f"{block}:{leaf}"
+
+
+def with_leaves(needs: Needs, blocks: Sequence[BlockSpec]) -> Needs:
+    """`needs` with the work of each block shared out among its leaves, by their elements."""
+    work = dict(needs.work)
+    for block in blocks:
+        known = work.get(block.name)
+        if known and block.elements:
+            for leaf in block.parts:
+                share = leaf.elements / block.elements
+                first, step = (Work(each.operations * share, each.values * share) for each in known)
+                work[leaf_of(block.name, leaf.name)] = first, step
+    return replace(needs, work=work)
 
 
 def predict(placements: Sequence[Placement], needs: Needs, speeds: Speeds, slots: int) -> tuple[PhaseTime, ...]:

@@ -25,7 +25,7 @@ DEVICE, RAM, FILES = 0, 1, 2
 MOST_STEPS = 3000
 _FEW_CHOICES = 4096
 _STEPS_TIMES_ITEMS = 30_000
-_FEWEST_STEPS = 6
+_FEWEST_STEPS = 12
 """Steps of a search (choices filled, schedules followed), each of which takes time proportional to the items."""
 
 _DESCENTS = 4
@@ -46,6 +46,13 @@ class Item(NamedTuple):
     staging: int
     calls: int
     tiers: tuple[int, ...] = (DEVICE, RAM, FILES)
+
+    @property
+    def least(self) -> int:
+        """Bytes that it takes of whichever memory spares it the disk."""
+        return min(
+            (size for tier, size in ((DEVICE, self.on_device), (RAM, self.in_ram)) if tier in self.tiers), default=0
+        )
 
 
 @dataclass(frozen=True)
@@ -81,6 +88,12 @@ class Problem:
         """Bytes that travel for one request, those from disk counted twice."""
         return sum(item.ring * item.calls * tier for item, tier in zip(self.items, choice, strict=True))
 
+    def gained_by_a_slot(self, choice: Sequence[int]) -> float:
+        """The share of what travels that room for one more item could spare, at most."""
+        streaming = [item for item, tier in zip(self.items, choice, strict=True) if tier != DEVICE]
+        spared = max((item.ring for item in streaming), default=0) * max((item.calls for item in streaming), default=0)
+        return FILES * spared / max(1, self.moved(choice))
+
     def room(self, choice: Sequence[int]) -> tuple[int, int]:
         """Bytes left on the device and in RAM; negative where a budget is exceeded."""
         device, ram, rings, stagings = self.device, self.ram, [], []
@@ -107,32 +120,44 @@ class Problem:
         return max(copied, self._fluid(self.device + self.ram, lambda task: task.read))
 
     def _fluid(self, room: int, travel: Callable[[Task], float]) -> float:
-        """The same with one thing that takes time beside arithmetic, if `room` bytes are spared it."""
+        """The same with one thing that takes time beside arithmetic, if `room` bytes are spared it: what gains most
+        for its bytes first, as long as something that runs together with it waits at all."""
         seconds, left = 0.0, float(max(room, 0))
-        gains: list[tuple[float, float]] = []
-        for items, phases in self._sharing().items():
-            size, kinks = sum(self.items[i].ring for i in items), []
-            for calls, steps in phases:
+        gains: list[tuple[float, float, int]] = []
+        waits: list[float] = []
+        for group in self._together():
+            waits.append(0.0)
+            gained: dict[int, float] = {}
+            for calls, steps in group:
                 computing = sum(min(task.compute for task in step.by_tier) for step in steps)
                 travelling = sum(travel(step.by_tier[FILES]) for step in steps)
                 seconds += calls * max(computing, travelling)
-                if travelling > computing and size:
-                    kinks.append((1 - computing / travelling, calls * travelling / size))
-            reached = 0.0  # each phase gains from room until it computes as long as it waits
-            for until, _ in sorted(kinks):
-                gains.append((sum(gain for kink, gain in kinks if kink >= until), (until - reached) * size))
-                reached = until
-        for gain, most in sorted(gains, reverse=True):
-            spared = min(most, left)
-            seconds, left = seconds - gain * spared, left - spared
+                if travelling > computing:
+                    waits[-1] += calls * (travelling - computing)
+                    for step in steps:
+                        gained[step.item] = gained.get(step.item, 0.0) + calls * travel(step.by_tier[FILES])
+            gains += [(gain, self.items[i].least, len(waits) - 1) for i, gain in gained.items() if gain]
+        for gain, size, group_index in sorted(gains, key=lambda each: each[1] / each[0]):
+            share = min(1.0, left / size) if size else 1.0
+            spared = min(gain * share, waits[group_index])
+            waits[group_index] -= spared
+            seconds -= spared
+            left -= size * spared / gain
         return seconds
 
-    def _sharing(self) -> dict[frozenset[int], list[tuple[int, tuple[Step, ...]]]]:
-        """The phases over the same items together; no two of these groups share an item that travels."""
-        groups: dict[frozenset[int], list[tuple[int, tuple[Step, ...]]]] = {}
-        for calls, steps in self.phases:
-            groups.setdefault(frozenset(step.item for step in steps), []).append((calls, steps))
-        return groups
+    def _together(self) -> list[list[tuple[int, tuple[Step, ...]]]]:
+        """The phases in groups; no two groups share an item."""
+        groups: list[tuple[set[int], list[tuple[int, tuple[Step, ...]]]]] = []
+        for phase in self.phases:
+            items, members = {step.item for step in phase[1]}, [phase]
+            apart = []
+            for others, phases in groups:
+                if others & items:
+                    items, members = items | others, members + phases
+                else:
+                    apart.append((others, phases))
+            groups = [*apart, (items, members)]
+        return [members for _, members in groups]
 
 
 @dataclass
@@ -179,19 +204,18 @@ class Search:
     # ------------------------------------------------------------ starts
 
     def _starts(self) -> Iterator[Choice]:
-        orders = list(self._orders())
-        for lowest in self._lowest():
-            for staging in self._sizes(lambda item: item.staging):
-                for order in orders:
-                    if self.steps >= self.most // 3:
-                        return
-                    filled = self._filled(lowest, order, staging)
-                    if filled is not None:
-                        yield filled
+        """Every order with every size, so mixed that the first ones have some of each: not all may be affordable."""
+        orders, lowest, stagings = list(self._orders()), list(self._lowest()), self._sizes(lambda item: item.staging)
+        for i, j, k in sorted(product(range(len(orders)), range(len(lowest)), range(len(stagings))), key=sum):
+            if self.steps >= self.most // 3:
+                return
+            filled = self._filled(lowest[j], orders[i], stagings[k])
+            if filled is not None:
+                yield filled
 
     def _lowest(self) -> Iterator[list[int]]:
         """For each size of what may stream, what is larger resident; with two slots also all but one of what is."""
-        sizes = self._sizes(lambda item: item.ring)
+        sizes = self._affordable()
         for excepted in (None, *(sizes if self.problem.slots > 1 else ())):
             for ring in sizes:
                 if excepted is not None and excepted <= ring:
@@ -204,9 +228,28 @@ class Search:
 
     def _sizes(self, size: Callable[[Item], int]) -> list[int]:
         """The sizes that may be the largest to pass through a ring, among them the largest and none; some if many."""
-        sizes = sorted({size(item) for item in self.items} - {0}, reverse=True)
-        step = -(-len(sizes) // max(1, isqrt(self.most // 12)))
-        return [*sizes[:1], 0, *sizes[step::step]] if sizes else [0]
+        return self._some([*sorted({size(item) for item in self.items} - {0}, reverse=True), 0])
+
+    def _some(self, sizes: Sequence[int]) -> list[int]:
+        step = max(1, -(-len(sizes) // max(1, isqrt(self.most // 12))))
+        return list(dict.fromkeys([*sizes[:1], *sizes[-1:], *sizes[step::step]]))
+
+    def _affordable(self) -> list[int]:
+        """The sizes that may be the largest to stream to the device, as all that is larger fits there (with one
+        excepted if there are two slots); some if many."""
+        sizes = [*sorted({item.ring for item in self.items} - {0}, reverse=True), 0]
+        larger = sorted(((i.ring, i.on_device) for i in self.items if DEVICE in i.tiers), reverse=True)
+        rings = sorted((item.ring for item in self.items), reverse=True)
+        affordable, resident, taken, below = [], 0, 0, 0
+        for size in sizes:
+            while taken < len(larger) and larger[taken][0] > size:
+                resident, taken = resident + larger[taken][1], taken + 1
+            while below < len(rings) and rings[below] > size:
+                below += 1
+            spared = max((on_device for _, on_device in larger[:taken]), default=0) if self.problem.slots > 1 else 0
+            if resident - spared + sum(rings[below : below + self.problem.slots]) <= self.problem.device:
+                affordable.append(size)
+        return self._some(affordable)
 
     def _orders(self) -> Iterator[list[int]]:
         """Who gets room first: what is called most (or least) often; of these the last, or some all along the model."""

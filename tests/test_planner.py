@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import subprocess
@@ -143,9 +144,9 @@ class TestWithOffload:
             make_plan(model, Hardware({}, 300))
         assert_within_budget(make_plan(model, Hardware({}, 600)))
 
-    def test_a_budget_below_the_largest_layer_everywhere_names_it_and_the_budgets(self) -> None:
-        with pytest.raises(BudgetError, match=r"alone needs 60 B .* cuda:0: 50 B, cpu: 40 B"):
-            make_plan(spec(*LAYERS), Hardware({"cuda:0": 50}, 40))
+    def test_ram_below_the_largest_layer_names_it_and_the_budget(self) -> None:
+        with pytest.raises(BudgetError, match=r"alone needs 60 B .* cpu: 50 B"):
+            make_plan(spec(*LAYERS), Hardware({}, 50))
 
     def test_buffers_stay_on_the_device_that_computes_with_them(self) -> None:
         layers = [
@@ -295,6 +296,20 @@ def test_an_accelerator_that_cannot_hold_what_stays_on_it_is_left_out() -> None:
     assert plan.main_device == CPU and "cuda:0" not in plan.used
 
 
+def test_each_accelerator_needs_room_for_the_caches_of_its_own_blocks_only() -> None:
+    needs = Needs(Workload(), cache={layer.name: 50 for layer in LAYERS})
+    plan = make_plan(spec(*LAYERS), Hardware({"cuda:0": 290, "cuda:1": 290}, 2000), needs=needs)
+    assert plan.main_device == "cuda:0" and plan.used["cuda:1"] > 100
+    assert_within_budget(plan)
+
+
+def test_a_leaf_that_is_computed_where_it_rests_goes_to_ram_first_since_a_disk_would_be_read_at_each_call() -> None:
+    head = block("head", 500)
+    slow = Speeds(disk=10, bus=1e9)
+    plan = make_plan(spec(*LAYERS, head), Hardware({"cuda:0": 250}, 700, speeds=slow))
+    assert homes(plan)["head.weight"] == CPU
+
+
 class TestARequestThatNobodyNamed:
     needs = Needs(Workload(), activations=500)
 
@@ -370,6 +385,38 @@ def check_random_plans(seed: int, cases: int) -> None:
 
 def test_no_plan_exceeds_a_budget_and_every_tensor_is_placed_once() -> None:
     check_random_plans(1, 300)
+
+
+def exists(sizes: list[int], device: int, ram: int, needs: Needs) -> bool:
+    """By trying every home of blocks that are not cut, with one slot: counted here, not by the planner."""
+    left = device - needs.activations - sum(needs.cache.values())
+    for homes in itertools.product(("device", "ram", "disk"), repeat=len(sizes)):
+        of = {home: [size for size, at in zip(sizes, homes, strict=True) if at == home] for home in set(homes)}
+        ring = max([*of.get("ram", ()), *of.get("disk", ())], default=0)
+        on_device, in_ram = (
+            sum(of.get("device", ())) + ring,
+            sum(of.get("ram", ())) + max(of.get("disk", ()), default=0),
+        )
+        if on_device <= left and in_ram <= ram:
+            return True
+    return False
+
+
+def test_a_plan_is_found_wherever_one_exists() -> None:
+    rng, found = random.Random(3), 0
+    for _ in range(300):
+        sizes = [rng.choice([10, 40, rng.randint(5, 100)]) for _ in range(rng.randint(2, 6))]
+        device, ram = rng.randint(max(sizes), sum(sizes)), rng.randint(1, sum(sizes))
+        cache = {f"b{i}": rng.randint(0, 5) for i in range(len(sizes))}
+        needs = Needs(Workload(), rng.randint(0, 20), cache)
+        if not exists(sizes, device, ram, needs):
+            continue
+        blocks = [block(f"b{i}", size) for i, size in enumerate(sizes)]
+        plan = make_plan(spec(*blocks), Hardware({"cuda:0": device}, ram), needs=needs)
+        assert_within_budget(plan)
+        assert plan.main_device == "cuda:0"
+        found += 1
+    assert found > 100
 
 
 @pytest.mark.slow
