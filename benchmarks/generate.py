@@ -11,8 +11,8 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
 from typing import Any
 
@@ -50,9 +50,22 @@ def generate(model: Any, options: argparse.Namespace) -> dict[str, Any]:
     ids = forward.token_ids(model.config.vocab_size, options.context)
     exactly = {"min_new_tokens": options.new_tokens, "max_new_tokens": options.new_tokens, "do_sample": False}
     tokens = Tokens(model, options.engine)
-    with torch.no_grad():
+    with torch.no_grad(), timed_forwards(model) as forwards:
         found = model.generate(ids, **exactly, stopping_criteria=[tokens])
-    return {"tokens": tokens.each, "tokens_sha256": sha256(found)}
+    return {"tokens": tokens.each, "forwards": forwards, "tokens_sha256": sha256(found)}
+
+
+@contextmanager
+def timed_forwards(model: Any) -> Iterator[list[float]]:
+    """Seconds of each forward of the model as a whole: a step without what `generate` does around it."""
+    seconds: list[float] = []
+    begun = model.register_forward_pre_hook(lambda *_: seconds.append(-time.perf_counter()))
+    ended = model.register_forward_hook(lambda *_: seconds.append(seconds.pop() + time.perf_counter()))
+    try:
+        yield seconds
+    finally:
+        begun.remove()
+        ended.remove()
 
 
 def workload(options: argparse.Namespace) -> AbstractContextManager[Any]:

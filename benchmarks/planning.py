@@ -112,12 +112,12 @@ class Bench:
 def predictions(bench: Bench, request: Request) -> Iterator[Row]:
     report = bench.limited("hf_bigload", request)
     phases = {phase["name"]: phase for phase in report["plan"]["phases"]}
-    first, *others = report["runs"][-1]["tokens"]
+    first, *_ = report["runs"][-1]["tokens"]
     begins = sum(phase["seconds"] for name, phase in phases.items() if name != "decode")
     yield _predicted(f"{request.title}: the first token", begins, first["seconds"])
     decode = phases["decode"]
-    each = median(token["seconds"] for token in others)
-    yield _predicted(f"{request.title}: a token", decode["seconds"] / decode["calls"], each)
+    each = median(report["runs"][-1]["forwards"][1:])
+    yield _predicted(f"{request.title}: a step", decode["seconds"] / decode["calls"], each)
     # where nothing streams, weights are pages of their files: they count then
     kind = "anon" if report["plan"]["ring"] else "rss"
     held, planned = report[f"peak_{kind}_bytes"] - report[f"runtime_{kind}_bytes"], report["plan"]["used"]["cpu"]

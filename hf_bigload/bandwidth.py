@@ -17,20 +17,15 @@ import os
 import platform
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
-from math import isqrt
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from . import hardware
 from .checkpoint.reader import Extent, Reader, page_buffer
 from .checkpoint.spill import cache_root
 from .errors import SpillError, human_bytes
-from .specs import CPU, DTYPE_BYTES, Arithmetic, Speeds
-
-if TYPE_CHECKING:
-    import torch
+from .specs import CPU, Arithmetic, Speeds
 
 logger = logging.getLogger(__name__)
 
@@ -40,15 +35,9 @@ DISK_BYTES = 512 << 20
 MEMORY_BYTES = 128 << 20
 """Bytes of one copy in memory: more than any processor's caches."""
 
-_FORMAT = 4
+_FORMAT = 5
 _MIB = 1 << 20
 _REPEATS = 4
-_DTYPES = ("float32", "bfloat16", "float16")
-_TOKENS = (1, 2, 4, 8, 16, 32, 64, 256, 1024)
-_FEW_TOKENS = 32
-_SMALL_MODULES = 200
-_LONG = 0.15
-"""Seconds."""
 
 
 @dataclass(frozen=True)
@@ -141,7 +130,7 @@ def measure(folder: str, disk_bytes: int = DISK_BYTES, memory_bytes: int = MEMOR
         to_device[name], pinned = device_bandwidth(name, memory_bytes)
         if not pinned:
             not_pinned.append(name)
-    arithmetic = {name: multiplying(name, 2 * memory_bytes) for name in (CPU, *to_device)}
+    arithmetic = {name: multiplying(name) for name in (CPU, *to_device)}
     return Bandwidths(disk, direct, host_bandwidth(memory_bytes), to_device, tuple(not_pinned), arithmetic)
 
 
@@ -228,72 +217,11 @@ def device_bandwidth(name: str, nbytes: int = MEMORY_BYTES) -> tuple[float, bool
     return nbytes / seconds, host.pinned
 
 
-def multiplying(name: str, nbytes: int = MEMORY_BYTES) -> Arithmetic:
-    """What an element of a weight takes on a device by dtype and number of tokens.
+def multiplying(name: str) -> Arithmetic:
+    """How fast a device multiplies; see `arithmetic.measure`."""
+    from . import arithmetic
 
-    Weights of `nbytes` bytes in all, of 2048 x 2048 elements each or fewer, are multiplied by in turn, so that they
-    come from memory and not from a cache; where tokens are many, and arithmetic takes the time, only one of them.
-    """
-    import torch
-
-    device, curves = hardware.torch_device(name), {}
-    size = min(2048, isqrt(nbytes // 2))
-    with torch.inference_mode():
-        for dtype in _DTYPES:
-            count = max(1, nbytes // (size * size * DTYPE_BYTES[dtype]))
-            weights = [torch.rand(size, size, device=device).to(getattr(torch, dtype)) for _ in range(count)]
-            curves[dtype] = tuple(_curve(weights))
-        overhead = _best(partial(_small_modules, torch.rand(1, 8, device=device)), _waiting(device)) / _SMALL_MODULES
-        values = torch.rand(size, size // 4, device=device).bfloat16()
-        per_value = _best(partial(_pointwise, values), _waiting(device)) / (len(_POINTWISE) * values.numel())
-    return Arithmetic({**curves, "": curves["bfloat16"]}, overhead, per_value)
-
-
-def _curve(weights: Sequence[torch.Tensor]) -> Iterator[tuple[float, float]]:
-    """(tokens, seconds per element of a weight), up to where it takes long: from there on it is in proportion."""
-    import torch
-
-    device, dtype = weights[0].device, weights[0].dtype
-    for tokens in _TOKENS:
-        used = weights if tokens <= _FEW_TOKENS else weights[:1]
-        inputs = torch.rand(tokens, weights[0].shape[1], device=device).to(dtype)
-        seconds = _best(partial(_multiply, used, inputs), _waiting(device))
-        yield float(tokens), seconds / sum(weight.numel() for weight in used)
-        if seconds > _LONG and tokens > _FEW_TOKENS:
-            break
-
-
-def _multiply(weights: Sequence[torch.Tensor], inputs: torch.Tensor) -> None:
-    from torch.nn.functional import linear
-
-    for weight in weights:
-        linear(inputs, weight)
-
-
-_POINTWISE = ("neg", "tanh", "square", "float", "sigmoid", "abs")
-"""Operators of which some are as quick as memory, and some are not."""
-
-
-def _pointwise(values: torch.Tensor) -> None:
-    for operator in _POINTWISE:
-        getattr(values, operator)()
-
-
-def _small_modules(inputs: torch.Tensor) -> None:
-    """As many operators to a weight as a transformer's layer has, ten or so: a linear module, a norm, some glue."""
-    import torch
-
-    module = torch.nn.Linear(8, 8, device=inputs.device)
-    for _ in range(_SMALL_MODULES):
-        hidden = inputs.float()
-        hidden = hidden * torch.rsqrt(hidden.pow(2).mean(-1, keepdim=True) + 1e-6)
-        hidden = inputs + module(hidden).view(1, 2, 4).transpose(0, 1).reshape(1, 8)
-
-
-def _waiting(device: torch.device) -> Callable[[], None]:
-    import torch
-
-    return (lambda: None) if device.type == CPU else partial(torch.accelerator.synchronize, device)
+    return arithmetic.measure(hardware.torch_device(name))
 
 
 def _best(copy: Callable[[], Any], wait: Callable[[], None]) -> float:

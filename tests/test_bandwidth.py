@@ -7,8 +7,9 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
-from hf_bigload import bandwidth, hardware
+from hf_bigload import arithmetic, bandwidth, hardware
 from hf_bigload.bandwidth import Bandwidths, Measurement, device_bandwidth, disk_bandwidth, known, measured
 from hf_bigload.errors import SpillError
 from hf_bigload.specs import CPU, Arithmetic, Speeds
@@ -46,7 +47,9 @@ def test_a_measurement_gives_rates_and_leaves_no_file(tmp_path: Path) -> None:
 
 
 def test_arithmetic_is_measured_for_each_dtype_from_one_token_to_many() -> None:
-    curves = bandwidth.multiplying(CPU, MIB).curves
+    found = arithmetic.measure(torch.device(CPU), hidden=64, nbytes=MIB)
+    curves = found.curves
+    assert found.per_weight > 0 and found.per_value > 0
     assert {"float32", "bfloat16", "float16", ""} == set(curves)
     assert all(
         rows[0][0] == 1 and len(rows) > 3 and all(seconds > 0 for _, seconds in rows) for rows in curves.values()
