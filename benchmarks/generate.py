@@ -20,7 +20,7 @@ import torch
 
 from benchmarks import forward
 from benchmarks.measure import THREADS, AnonymousMemory, Measured, sha256
-from benchmarks.proc import anonymous_bytes, disk_read_bytes, peak_resident_bytes
+from benchmarks.proc import anonymous_bytes, disk_read_bytes
 
 
 class Tokens:
@@ -91,7 +91,7 @@ def benchmark(options: argparse.Namespace) -> dict[str, Any]:
     torch.set_num_threads(THREADS)
     checkpoint = options.checkpoint = options.checkpoint.resolve(strict=True)
     model_class = forward.import_engine(options.engine, checkpoint)
-    runtime_anon, runtime_rss = anonymous_bytes(), peak_resident_bytes()
+    runtime_anon = anonymous_bytes()
     with (
         forward.offload_folder(options.engine, checkpoint) as folder,
         AnonymousMemory().sampling() as anonymous,
@@ -102,7 +102,6 @@ def benchmark(options: argparse.Namespace) -> dict[str, Any]:
         plan = predicted(model, options.engine)
     report = {"engine": options.engine, "load": vars(loaded), "runs": runs, "plan": plan}
     report |= {"peak_anon_bytes": anonymous.peak_bytes, "runtime_anon_bytes": runtime_anon}
-    report |= {"peak_rss_bytes": peak_resident_bytes(), "runtime_rss_bytes": runtime_rss}
     return report | {"disk_read_bytes": disk_read_bytes()}
 
 

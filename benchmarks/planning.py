@@ -118,10 +118,9 @@ def predictions(bench: Bench, request: Request) -> Iterator[Row]:
     decode = phases["decode"]
     each = median(report["runs"][-1]["forwards"][1:])
     yield _predicted(f"{request.title}: a step", decode["seconds"] / decode["calls"], each)
-    # where nothing streams, weights are pages of their files: they count then
-    kind = "anon" if report["plan"]["ring"] else "rss"
-    held, planned = report[f"peak_{kind}_bytes"] - report[f"runtime_{kind}_bytes"], report["plan"]["used"]["cpu"]
-    yield Row(f"{request.title}: peak memory", size(planned), size(held), planned / held, Within(0.05))
+    if report["plan"]["ring"]:  # else weights are clean pages of their files, as many as were touched
+        held, planned = report["peak_anon_bytes"] - report["runtime_anon_bytes"], report["plan"]["used"]["cpu"]
+        yield Row(f"{request.title}: peak memory", size(planned), size(held), planned / held, Within(0.05))
 
 
 def _predicted(case: str, predicted: float, measured: float) -> Row:

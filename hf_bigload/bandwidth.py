@@ -32,6 +32,8 @@ logger = logging.getLogger(__name__)
 RECORD_NAME = "machine.json"
 DISK_BYTES = 512 << 20
 """Bytes of the file that is written, read once and removed: enough to outlast a device's own cache, and its start."""
+DISK_PIECE = 64 << 20
+"""Bytes of one read, as those of a block of a model of some billion parameters."""
 MEMORY_BYTES = 128 << 20
 """Bytes of one copy in memory: more than any processor's caches."""
 
@@ -171,7 +173,7 @@ def _write(fd: int, nbytes: int) -> None:
 
 
 def _read(path: str, nbytes: int) -> tuple[float, bool]:
-    reader, piece = Reader(), min(nbytes, MEMORY_BYTES)
+    reader, piece = Reader(), min(nbytes, DISK_PIECE)
     buffer = page_buffer(piece)
     buffer.write(bytes(piece))  # memory behind every page: the first touch of it is not the disk's affair
     try:

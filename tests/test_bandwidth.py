@@ -83,7 +83,7 @@ def test_the_disk_is_read_whole_through_the_reader_that_streams(
             super().close()
 
     monkeypatch.setattr(bandwidth, "Reader", Reader)
-    monkeypatch.setattr(bandwidth, "MEMORY_BYTES", 2 * MIB)
+    monkeypatch.setattr(bandwidth, "DISK_PIECE", 2 * MIB)
     disk_bandwidth(str(tmp_path), 5 * MIB)
     assert read == [5 * MIB]
 
