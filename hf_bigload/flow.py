@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import os
 import sys
-import threading
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -38,7 +37,7 @@ from .materialize import Materializer
 from .pinned import ALIGNMENT
 from .placed import Placed, placed_of, remember
 from .planner import STRATEGIES, follow_map, make_plan_with_room
-from .replan import Relocation, check_idle
+from .replan import Relocation, alone
 from .skeleton import LoadedAs, as_it_is, model_spec
 from .specs import CPU, DISK, Hardware, LoadRequest, ModelSpec, Needs, Plan, TensorSpec, Workload
 from .timeline import Timeline
@@ -202,7 +201,7 @@ def dispatch(model: ModelT, plan: Plan, placed: Placed, stats: Stats | None = No
 def _rescue(plan: Plan, placed: Placed) -> Rescue | None:
     """What to do where an accelerator runs out of memory; nothing where the user decided what is where."""
     devices = sorted({p.device for p in plan.placements} - {CPU})
-    if not devices or placed.request.device_map != "auto" or not settings.current().demote_on_oom:
+    if not devices or placed.request.device_map != "auto" or not placed.demotes:
         return None
     return Rescue(demote, placed.remember, tuple(map(torch_device, devices)))
 
@@ -256,9 +255,9 @@ def replan(model: nn.Module, request: LoadRequest) -> Plan:
         CheckpointError, SpillError, torch.OutOfMemoryError: the move failed on the way. The model has all its weights,
             and runs over a plan that has each where it is now.
     """
-    check_idle(model)
-    plan = plan_model(model, request, held=held_by(model))
-    relocate(model, plan, replace(placed_of(model), request=request))
+    with alone(model):
+        plan = plan_model(model, request, held=held_by(model))
+        relocate(model, plan, replace(placed_of(model), request=request))
     return plan
 
 
@@ -296,9 +295,13 @@ def _plan_of_places(model: nn.Module, plan: Plan, request: LoadRequest, places: 
 def demote(model: nn.Module, error: torch.OutOfMemoryError) -> Demoted:
     """Send resident blocks of the accelerator that `error` is about to RAM or disk, for as much as it asked for."""
     try:
-        check_idle(model, but=threading.get_ident())
-    except OffloadedWeightError as busy:
-        return Demoted(False, f"No weights were demoted: {busy}")
+        with alone(model, forwards=1):
+            return _demote(model, error)
+    except OffloadedWeightError as refusal:  # before anything moved
+        return Demoted(False, f"No weights were demoted: {refusal}")
+
+
+def _demote(model: nn.Module, error: torch.OutOfMemoryError) -> Demoted:
     plan, placed = inspect(model).plan, placed_of(model)
     lower = demoted(plan, *shortage(plan, str(error)), *_ram_left(plan, placed), hardware.map_value)
     if lower is None:
