@@ -23,7 +23,7 @@ from .accounts import Memory, held_by, memory_of
 from .checkpoint.index import open_checkpoint
 from .checkpoint.reader import Reader, layout
 from .checkpoint.repository import CONFIG_NAME
-from .demotion import demoted, shortage, told_of
+from .demotion import demoted, shortage, told_of, with_placements
 from .describe import FLOATING, describe, spec_from_headers
 from .device_map import missing_from, normalize_devices, resolve
 from .dispatch.attach import attach, attachment_of, detach, resident_plan, suspend
@@ -39,7 +39,7 @@ from .placed import Placed, placed_of, remember
 from .planner import STRATEGIES, follow_map, make_plan_with_room
 from .replan import Relocation, alone
 from .skeleton import LoadedAs, as_it_is, model_spec
-from .specs import CPU, DISK, Hardware, LoadRequest, ModelSpec, Needs, Plan, TensorSpec, Workload
+from .specs import CPU, DISK, Hardware, LoadRequest, ModelSpec, Needs, Placement, Plan, TensorSpec, Workload
 from .timeline import Timeline
 from .trace import needs_of
 
@@ -269,13 +269,13 @@ def relocate(model: nn.Module, plan: Plan, placed: Placed) -> None:
     assert placed.materializer is not None
     limits = {name: max(plan.used.get(name, 0), used) for name, used in (*before.plan.used.items(), *plan.used.items())}
     executor = None if attachment is None else attachment.executor
-    relocation = Relocation(model, plan, placed.materializer, executor, limits)
+    relocation = Relocation(model, before.plan, plan, placed.materializer, executor, limits)
     relocation.check()
     suspend(model)
     try:
         relocation.run()
     except BaseException:
-        plan = _plan_of_places(model, plan, placed.request, relocation.places())
+        plan = _plan_of_places(model, before.plan, plan, placed.request, relocation.places())
         raise
     finally:
         relocation.settle(plan)
@@ -284,12 +284,25 @@ def relocate(model: nn.Module, plan: Plan, placed: Placed) -> None:
             placed.settle_in(model)
 
 
-def _plan_of_places(model: nn.Module, plan: Plan, request: LoadRequest, places: Mapping[str, str]) -> Plan:
-    """The plan that leaves every weight where it is."""
+def _plan_of_places(
+    model: nn.Module, before: Plan, plan: Plan, request: LoadRequest, places: Mapping[str, str]
+) -> Plan:
+    """The plan that leaves every weight where it is. What rests on no accelerator is computed where it was `before`:
+    there the caller's inputs and caches are."""
     spec = model_spec(model, request.no_split)
     budget = Hardware(plan.budget, plan.budget.get(CPU, 0))
-    main = next((name for name in places.values() if name not in (CPU, DISK)), CPU)
-    return follow_map(spec, places.__getitem__, main, budget, plan.offload_buffers, hardware.map_value)
+    found = follow_map(spec, places.__getitem__, before.main_device, budget, plan.offload_buffers, hardware.map_value)
+    devices = {p.block.name: p.device for p in before.placements}
+    devices |= {t.name: p.device for p in before.placements for t in p.block.tensors}
+
+    def as_before(p: Placement) -> Placement:
+        names = (p.block.name, *(t.name for t in p.block.tensors))
+        device = next((devices[name] for name in names if name in devices), p.device)
+        if device == p.device or {p.home_of(t.name) for t in p.block.tensors} - {CPU, DISK}:
+            return p
+        return replace(p, device=device, at_home=p.block.gathers and p.home != device)
+
+    return with_placements(found, [as_before(p) for p in found.placements], hardware.map_value)
 
 
 def demote(model: nn.Module, error: torch.OutOfMemoryError) -> Demoted:

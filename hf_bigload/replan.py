@@ -101,6 +101,7 @@ class Relocation:
     """The way of a model's weights from one plan to another; `executor` is the one that was suspended, if any."""
 
     model: nn.Module
+    before: Plan
     plan: Plan
     materializer: Materializer
     executor: Executor | None
@@ -109,12 +110,19 @@ class Relocation:
     _held: dict[str, int] = field(default_factory=dict)
 
     def check(self) -> None:
-        """Refuse what cannot be done, before anything moves.
+        """Follow the new plan, or refuse what cannot be done, before anything moves.
 
         Raises:
             OffloadedWeightError: a weight of a kind that cannot be moved would have to go elsewhere.
         """
         self.materializer.follow(self.plan)
+        try:
+            self._check()
+        except BaseException:
+            self.materializer.follow(self.before)
+            raise
+
+    def _check(self) -> None:
         for moves in self._blocks():
             for move in moves:
                 if is_traceable_wrapper_subclass(move.tensor) and move.source != move.target:

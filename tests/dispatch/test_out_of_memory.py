@@ -188,6 +188,24 @@ class TestAForward:
             with torch.no_grad():
                 assert same_bits(model(given), plain(x))  # "call it again: there is more room now"
 
+    @pytest.mark.parametrize("made_inside", [False, True])
+    def test_in_inference_mode_is_repeated_if_its_inputs_were_made_outside(
+        self, made_inside: bool, plain: nn.Module, tmp_path: Path
+    ) -> None:
+        x = torch.randn(300, WIDTH)
+        with simdev.devices([None]) as sim:
+            model = resident(plain, tmp_path)
+            with torch.inference_mode(made_inside):
+                given = x.to("sim:0")
+            sim.set_capacity(0, sim.memory_allocated(0) + 300 * WIDTH * 4 * 2)
+            with torch.inference_mode():
+                if made_inside:
+                    with pytest.raises(torch.OutOfMemoryError) as raised:
+                        model(given)
+                    assert "cannot be set back" in notes(raised.value)
+                    sim.set_capacity(0, None)
+                assert same_bits(model(given), plain(x))
+
     def test_that_could_never_fit_says_so(self, plain: nn.Module, tmp_path: Path) -> None:
         x = torch.randn(3000, WIDTH)
         with simdev.devices([None]) as sim:
