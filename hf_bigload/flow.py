@@ -302,7 +302,9 @@ def _plan_of_places(
             return p
         return replace(p, device=device, at_home=p.block.gathers and p.home != device)
 
-    return with_placements(found, [as_before(p) for p in found.placements], hardware.map_value)
+    placements = [as_before(p) for p in found.placements]
+    plans = [with_placements(found, placements, hardware.map_value, depth) for depth in (2, 1)]
+    return next((each for each in plans if each.keeps_budget), plans[-1])
 
 
 def demote(model: nn.Module, error: torch.OutOfMemoryError) -> Demoted:
