@@ -31,7 +31,7 @@ from .dispatch.executor import Executor, Machine, Stats
 from .dispatch.recording import record
 from .dispatch.rescue import Demoted, Rescue
 from .errors import DeviceMapError, DtypeError, OffloadedWeightError
-from .estimate import Estimate, bound
+from .estimate import Estimate, bound, fields_of
 from .hardware import torch_device
 from .materialize import Materializer
 from .pinned import ALIGNMENT
@@ -65,8 +65,7 @@ def plan_model(
         BudgetError: no placement keeps the budgets.
     """
     spec = model_spec(model, request.no_split, ties, loaded_as)
-    to_dict = getattr(getattr(model, "config", None), "to_dict", dict)
-    plan = _plan(spec, request, partial(needs_of, model, spec), to_dict(), held)
+    plan = _plan(spec, request, partial(needs_of, model, spec), fields_of(getattr(model, "config", None)), held)
     if not _chosen_here(request):
         _warn_unknown_modules(model, as_map(request.device_map))
     if settings.current().explain:

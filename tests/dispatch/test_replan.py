@@ -317,7 +317,6 @@ class TestRefusals:
             hf_bigload.inspect(model).replan(device_map={"": 0})
             assert_same(model, plain, x)
 
-
     @pytest.mark.parametrize("devices", [(0.5,), (0.3, 0.3)])
     def test_a_move_that_fails_leaves_what_streams_where_it_was_computed(
         self, devices: tuple[float, ...], plain: nn.Module, x: torch.Tensor, tmp_path: Path
