@@ -386,7 +386,8 @@ class Inspection:
 
     def replan(self, max_memory: Any = None, device_map: Any = None) -> Inspection:
         """Give the model another plan, and move its blocks to where that says; what it computes stays the same, bit for
-        bit. Between forwards only, and no thread may begin one meanwhile.
+        bit. Between forwards only, and no thread may begin one meanwhile; one that calls a model which rests by "auto"
+        on an accelerator, and so has a wrapper that knows, waits until the blocks are there.
 
         Args:
             max_memory: budgets as for a load. None: those of the load; if it had none, what is free now.

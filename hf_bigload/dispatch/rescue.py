@@ -130,7 +130,7 @@ _gates: weakref.WeakKeyDictionary[nn.Module, Gate] = weakref.WeakKeyDictionary()
 
 def gate_of(model: nn.Module) -> Gate:
     """The gate of `model`. Without a wrapper nobody is counted, and only those who move weights meet there."""
-    return _gates.setdefault(model, Gate())
+    return _gates.get(model) or _gates.setdefault(model, Gate())  # one, whichever thread comes first
 
 
 def _after_fork() -> None:

@@ -22,7 +22,7 @@ from hf_bigload import flow
 from hf_bigload.demotion import shortage
 from hf_bigload.dispatch import attach
 from hf_bigload.dispatch.attach import attachment_of
-from hf_bigload.dispatch.rescue import gate_of, untouched
+from hf_bigload.dispatch.rescue import Gate, gate_of, untouched
 from hf_bigload.loaders.transformers_caches import remember
 from tests import simdev
 
@@ -315,6 +315,26 @@ def test_a_forward_around_the_one_that_runs_out_of_memory_keeps_its_weights(tmp_
         sim.set_capacity(0, sim.memory_allocated(0) + 300 * WIDTH * 4 * 2)
         assert same_bits(model(given), plain(x)) and hf_bigload.inspect(model).plan.streams
     assert calls[:3] == ["outer", "inner", "outer"]  # not the inner one again, over weights that left the outer one
+
+
+def test_a_child_process_does_not_wait_for_its_parents_threads() -> None:
+    gate, moving, go_on = Gate(), threading.Event(), threading.Event()
+
+    def move() -> None:
+        with gate.closed():
+            moving.set()
+            go_on.wait(30)
+
+    with ThreadPoolExecutor(1) as pool:
+        other = pool.submit(move)
+        assert moving.wait(30)
+        with gate.closed() as inside:
+            assert len(inside) == 1
+        gate.after_fork()
+        with gate.closed() as inside:
+            assert not inside
+        go_on.set()
+        other.result()
 
 
 def wait_until(happened: Callable[[], bool]) -> None:
