@@ -35,10 +35,32 @@ _VALUES = ("neg", "tanh", "square", "float", "sigmoid", "abs")
 """Operators of which some are as quick as memory, and some are not."""
 
 
+def fitting(nbytes: int) -> tuple[int, int]:
+    """(width, bytes of weights) for `measure`, such that it takes no more than `nbytes` bytes on the device.
+
+    Raises:
+        torch.OutOfMemoryError: it always takes more.
+    """
+    hidden, weights = HIDDEN, min(NBYTES, nbytes // 4)
+    while _peak(hidden) + weights > nbytes:
+        hidden //= 2
+        if hidden < 2 * _HEAD:
+            raise torch.OutOfMemoryError(f"{nbytes} bytes are too few to measure arithmetic with")
+    return hidden, weights
+
+
+def _peak(hidden: int) -> int:
+    """Bytes beside the weights asked for, at the most: a layer in fp32, a narrow one, and what that computes."""
+    narrow = max(_HEAD, hidden // 2)
+    layers = 4 * (4 + 3 * 11 / 4) * (hidden**2 + narrow**2)
+    values, scores = 24 * narrow, 4 * _TOKENS[-1] * narrow // _HEAD  # of a token; scores are in memory on some devices
+    return int(layers + 4 * _TOKENS[-1] * (values + scores))
+
+
 def measure(device: torch.device, hidden: int = HIDDEN, nbytes: int = NBYTES) -> Arithmetic:
     """What an element of a weight takes on a device, by dtype and number of tokens; `hidden`: a multiple of 64.
 
-    Takes some seconds, and `nbytes` bytes on the device.
+    Takes some seconds, and `nbytes` bytes on the device, beside what the widest layer takes (`fitting`).
 
     Raises:
         torch.OutOfMemoryError: the device has no room for that.

@@ -3,8 +3,6 @@ how fast it multiplies by them.
 
 Measured once, with the very reader and buffers that a model streams through, and kept in the cache folder. What is kept
 is found again by what the machine is: a cache folder that several machines share holds a record for each of them.
-
-Nothing here imports torch before something is measured.
 """
 
 from __future__ import annotations
@@ -35,7 +33,8 @@ DISK_BYTES = 512 << 20
 DISK_PIECE = 64 << 20
 """Bytes of one read, as those of a block of a model of some billion parameters."""
 MEMORY_BYTES = 128 << 20
-"""Bytes of one copy in memory: more than any processor's caches."""
+"""Bytes of one copy in memory: more than the caches of most processors. Some servers' hold more; there, what is
+measured is in part the speed of a cache."""
 
 _FORMAT = 5
 _MIB = 1 << 20
@@ -53,11 +52,11 @@ class Bandwidths:
     host_copy: float
     """From host memory to host memory, on one thread."""
     to_device: Mapping[str, float] = dataclasses.field(default_factory=dict)
-    """From host memory to each accelerator, page-locked unless the device is in `not_pinned`."""
+    """From host memory to each accelerator that had room to be measured, page-locked unless it is in `not_pinned`."""
     not_pinned: tuple[str, ...] = ()
     """Accelerators for which the system refused to lock host memory."""
     arithmetic: Mapping[str, Arithmetic] = dataclasses.field(default_factory=dict)
-    """How fast the CPU ("cpu") and each accelerator multiply by weights."""
+    """How fast the CPU ("cpu") and each accelerator that had room to be measured multiply by weights."""
 
 
 @dataclass(frozen=True)
@@ -123,16 +122,21 @@ def measured(folder: str | None = None, fresh: bool = False) -> Measurement:
 def measure(folder: str, disk_bytes: int = DISK_BYTES, memory_bytes: int = MEMORY_BYTES) -> Bandwidths:
     """Measure now, some seconds long: writes `disk_bytes` to a file of its own in `folder`, and removes it.
 
+    An accelerator on which that fails (its memory is full, say) is left out of the figures.
+
     Raises:
         SpillError: nothing can be written there, or there is too little room.
     """
     disk, direct = disk_bandwidth(folder, disk_bytes)
-    to_device, not_pinned = {}, []
+    to_device, not_pinned, arithmetic = {}, [], {CPU: multiplying(CPU)}
     for name in hardware.accelerator_names():
-        to_device[name], pinned = device_bandwidth(name, memory_bytes)
-        if not pinned:
-            not_pinned.append(name)
-    arithmetic = {name: multiplying(name) for name in (CPU, *to_device)}
+        try:
+            to_device[name], pinned = device_bandwidth(name, memory_bytes)
+            if not pinned:
+                not_pinned.append(name)
+            arithmetic[name] = multiplying(name)
+        except RuntimeError as error:  # torch.OutOfMemoryError is one, as is what a device says that others have taken
+            logger.warning("%s could not be measured: %s", name, error)
     return Bandwidths(disk, direct, host_bandwidth(memory_bytes), to_device, tuple(not_pinned), arithmetic)
 
 
@@ -220,10 +224,17 @@ def device_bandwidth(name: str, nbytes: int = MEMORY_BYTES) -> tuple[float, bool
 
 
 def multiplying(name: str) -> Arithmetic:
-    """How fast a device multiplies; see `arithmetic.measure`."""
+    """How fast a device multiplies; see `arithmetic.measure`. On an accelerator, in a quarter of what is free there.
+
+    Raises:
+        torch.OutOfMemoryError: the device has no room for that.
+    """
     from . import arithmetic
 
-    return arithmetic.measure(hardware.torch_device(name))
+    device = hardware.torch_device(name)
+    if name == CPU:
+        return arithmetic.measure(device)
+    return arithmetic.measure(device, *arithmetic.fitting(hardware.free_by_accelerator()[name] // 4))
 
 
 def _best(copy: Callable[[], Any], wait: Callable[[], None]) -> float:

@@ -9,11 +9,13 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import accumulate, pairwise
+from typing import NamedTuple
 
 from .errors import human_bytes
 from .planner import MapValue, execution_device_first, resting, rings
 from .settings import parse_size
-from .specs import CPU, DISK, Placement, Plan
+from .specs import CPU, DISK, BlockSpec, Placement, Plan
 
 SHARE = 8
 """At least one part in so many of what a plan has on the device is freed: a cache grows on."""
@@ -39,17 +41,18 @@ def demoted(plan: Plan, device: str, nbytes: int, ram: int, passage: int = 0, ma
     `ram`: bytes of RAM that may be used more than now, for what leaves the device and for what comes from disk to pass
     through; the rest goes to disk. `passage`: bytes that may be passed through where nothing may rest in RAM.
     """
-    best, least = None, plan.used[device]
     candidates = _candidates(plan, device)
-    for depth in (2, 1):  # blocks that a ring holds: with one, nothing comes while something runs
-        for count in range(len(candidates) + 1):
-            lower = _without(plan, candidates[:count], ram, passage, depth, map_value)
-            left = least if lower is None else lower.used.get(device, 0)
-            if left < least:
-                best, least = lower, left
-            if plan.used[device] - least >= nbytes:
-                return best
-    return best
+    choice = _choose(plan, [plan.placements[at] for at in candidates], device, nbytes, ram, passage)
+    if choice is None:
+        return None
+    placements = list(plan.placements)
+    left = choice.ram
+    for at in candidates[: choice.blocks]:
+        weights = _weights(placements[at].block)
+        home = CPU if weights <= left else DISK
+        left -= weights if home == CPU else 0
+        placements[at] = replace(placements[at], home=home, at_home=placements[at].block.gathers)
+    return with_placements(plan, placements, map_value, choice.depth)
 
 
 def told_of(plan: Plan, lower: Plan) -> str:
@@ -76,15 +79,81 @@ def _candidates(plan: Plan, device: str) -> list[int]:
     ]
 
 
-def _without(plan: Plan, chosen: Sequence[int], ram: int, passage: int, depth: int, map_value: MapValue) -> Plan | None:
-    """`plan` with the blocks at these positions elsewhere; None if RAM has no room for what has to be there."""
-    placements, ring, resting_there = _moved(plan, chosen, ram, depth)
-    staging = max(0, ring.get(CPU, 0) - plan.ring.get(CPU, 0))
-    if staging and resting_there + staging > ram:
-        placements, ring, resting_there = _moved(plan, chosen, ram - staging, depth)
-        staging = max(0, ring.get(CPU, 0) - plan.ring.get(CPU, 0))
-    if resting_there + staging > (ram if resting_there or not passage else passage):
-        return None
+class _Choice(NamedTuple):
+    """How many of the candidates leave, for rings of how many blocks, and the bytes of RAM that they may rest in."""
+
+    blocks: int
+    depth: int
+    ram: int
+
+
+def _choose(
+    plan: Plan, candidates: Sequence[Placement], device: str, nbytes: int, ram: int, passage: int
+) -> _Choice | None:
+    """The fewest blocks that free `nbytes`, else those that free most; None if none do.
+
+    From running sums alone: at a thousand blocks, a plan for each number of them would take minutes.
+    """
+    before, used = plan.ring.get(CPU, 0), plan.used[device]
+    away = {t.name: t.nbytes for p in plan.placements for t in p.block.tensors if p.home_of(t.name) != device}
+    arriving = [_arriving(p.block, away) for p in candidates]
+    freed = list(accumulate((_freed(p.block, plan.offload_buffers) for p in candidates), initial=0))
+    resting_in_ram = list(accumulate((_weights(p.block) for p in candidates), initial=0))
+    best, least = None, used
+    for depth in (2, 1):  # blocks that a ring holds: with one, nothing comes while something runs
+        on_device, in_ram = (_windows(plan, place, arriving, depth) for place in (device, CPU))
+        for blocks, (weights, gone) in enumerate(zip(resting_in_ram, freed, strict=True)):
+            left = used - plan.ring.get(device, 0) - gone + on_device[blocks]
+            if left >= least:
+                continue
+            room = _room(weights, max(0, in_ram[0] - before), max(0, in_ram[blocks] - before), ram, passage)
+            if room is not None:
+                best, least = _Choice(blocks, depth, room), left
+            if used - least >= nbytes:
+                return best
+    return best
+
+
+def _room(weights: int, passing: int, passing_at_most: int, ram: int, passage: int) -> int | None:
+    """Bytes of RAM that `weights` bytes may rest in, beside what passes through it; None if there is too little.
+
+    `passing`: if all of them rest in RAM, and `passing_at_most`, if they rest on disk.
+    """
+    if weights + passing <= ram:
+        return ram
+    if passing_at_most <= ram:
+        return ram - passing_at_most
+    return 0 if passing_at_most <= passage else None
+
+
+def _weights(block: BlockSpec) -> int:
+    return block.nbytes - block.buffer_bytes
+
+
+def _freed(block: BlockSpec, offload_buffers: bool) -> int:
+    """Bytes that leave the device with a block."""
+    return block.nbytes if offload_buffers or block.gathers else _weights(block)
+
+
+def _arriving(block: BlockSpec, away: Mapping[str, int]) -> int:
+    """Bytes that come each time a block runs which has left, with what it borrows from those that are `away`."""
+    return 0 if block.gathers else _weights(block) + sum(away.get(name, 0) for name in block.borrows)
+
+
+def _windows(plan: Plan, place: str, arriving: Sequence[int], depth: int) -> list[int]:
+    """Bytes of the ring at `place`, for each number of these that arrive there beside what does already."""
+    sizes = [rings(plan.placements, n).get(place, 0) for n in range(depth + 1)]
+    largest = [after - before for before, after in pairwise(sizes)]
+    windows = [sum(largest)]
+    for nbytes in arriving:
+        largest = sorted((*largest, nbytes), reverse=True)[:depth]
+        windows.append(sum(largest))
+    return windows
+
+
+def with_placements(plan: Plan, placements: Sequence[Placement], map_value: MapValue = str, depth: int = 2) -> Plan:
+    """`plan` with its blocks, the same ones, elsewhere; its predictions hold no more."""
+    ring = rings(placements, depth)
     homes = {t.name: map_value(p.home_of(t.name)) for p in placements for t in p.block.tensors}
     homes |= {name: homes[owner] for name, owner in plan.ties.items() if owner in homes}
     return replace(
@@ -96,18 +165,6 @@ def _without(plan: Plan, chosen: Sequence[int], ram: int, passage: int, depth: i
         predicted=(),
         bound=0.0,
     )
-
-
-def _moved(plan: Plan, chosen: Sequence[int], ram: int, depth: int) -> tuple[list[Placement], Mapping[str, int], int]:
-    """Placements, rings, and the bytes that come to rest in RAM."""
-    placements, left = list(plan.placements), ram
-    for at in chosen:
-        block = placements[at].block
-        weights = block.nbytes - block.buffer_bytes
-        home = CPU if weights <= left else DISK
-        left -= weights if home == CPU else 0
-        placements[at] = replace(placements[at], home=home, at_home=block.gathers)
-    return placements, rings(placements, depth), ram - left
 
 
 def _used(plan: Plan, placements: Sequence[Placement], ring: Mapping[str, int]) -> dict[str, int]:

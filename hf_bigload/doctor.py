@@ -157,7 +157,16 @@ def _problems(found: Diagnosis) -> Iterator[str]:
 def _problems_of_devices(found: Diagnosis) -> Iterator[str]:
     if not found.accelerators and os.path.exists(_NVIDIA):
         yield "There is an NVIDIA driver, and torch sees no GPU: install a build of torch with CUDA."
-    for name in found.measurement.bandwidths.not_pinned if found.measurement else ():
+    if found.measurement is None:
+        return
+    figures = found.measurement.bandwidths
+    for accelerator in found.accelerators:
+        if accelerator.name not in figures.to_device or accelerator.name not in figures.arithmetic:
+            yield (
+                f"{accelerator.name} could not be measured, perhaps because its memory was full: predictions for it go "
+                "by round figures. Make room there, and run `hf-bigload doctor --fresh`."
+            )
+    for name in figures.not_pinned:
         yield (
             f"Host memory could not be page-locked for {name}, so copies to it are slower. Raise the limit on locked "
             "memory (ulimit -l), or the container's memory."

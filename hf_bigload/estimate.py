@@ -77,12 +77,19 @@ _STATES = 16
 _EXPERT = re.compile(r"(^|[._])experts?([._]|$)")
 
 
-def bound(spec: ModelSpec, workload: Workload, config: Mapping[str, Any] | None = None, *, fused: bool = True) -> Needs:
+def fields_of(config: Any) -> dict[str, Any]:
+    """The fields of a library's config, with how attention is computed: what is saved of it leaves that out."""
+    fields = dict(getattr(config, "to_dict", dict)())
+    attention = getattr(config, "_attn_implementation", None)
+    return fields if attention is None else {**fields, "attn_implementation": attention}
+
+
+def bound(spec: ModelSpec, workload: Workload, config: Mapping[str, Any] | None = None) -> Needs:
     """What a request of a transformer takes at most, from its weights' shapes and its config.
 
     - Activations: all that the weights of the block with the most outputs put out for the whole context (experts: as
       many as a token is sent to), and the hidden state four times, each in the weights' dtype and in fp32; twice that
-      for the scores of attention, unless it is `fused`, and for the states of a state space.
+      for the scores of attention, if its implementation is "eager", and for the states of a state space.
     - Cache: keys and values of every block that runs for each token, for each attention head that has them; beside an
       encoder, those of the context too.
     - Operations: two per weight and token.
@@ -94,7 +101,7 @@ def bound(spec: ModelSpec, workload: Workload, config: Mapping[str, Any] | None 
     prompt, end = batch * context, batch * (context + workload.new_tokens)
     width = DTYPE_BYTES.get(shape.dtype, FP32_BYTES)
     outputs = max((shape.outputs(block) for block in spec.blocks), default=0)
-    scores = 0 if fused and shape.fusible else context * shape.heads
+    scores = 0 if shape.fusible else context * shape.heads
     values = prompt * (outputs + 4 * shape.hidden + 2 * scores + 4 * shape.hidden * shape.states)
     if any(not block.prompt for block in spec.blocks):
         end += prompt
@@ -144,8 +151,9 @@ class _Shape:
 
     @property
     def fusible(self) -> bool:
-        """Attention with a learned bias, or with values of another width than keys, has its scores in memory."""
-        return not {"relative_attention_num_buckets", "v_head_dim"} & self.config.keys()
+        """Eager attention, with a learned bias, or with values of another width than keys has its scores in memory."""
+        eager = "eager" in (self.config.get("attn_implementation"), self.config.get("_attn_implementation"))
+        return not eager and not {"relative_attention_num_buckets", "v_head_dim"} & self.config.keys()
 
     def outputs(self, block: BlockSpec) -> int:
         """Values that the weights of a block put out for one token, all of them together."""

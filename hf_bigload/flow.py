@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import os
 import sys
-import threading
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -24,7 +23,7 @@ from .accounts import Memory, held_by, memory_of
 from .checkpoint.index import open_checkpoint
 from .checkpoint.reader import Reader, layout
 from .checkpoint.repository import CONFIG_NAME
-from .demotion import demoted, shortage, told_of
+from .demotion import demoted, shortage, told_of, with_placements
 from .describe import FLOATING, describe, spec_from_headers
 from .device_map import missing_from, normalize_devices, resolve
 from .dispatch.attach import attach, attachment_of, detach, resident_plan, suspend
@@ -32,15 +31,15 @@ from .dispatch.executor import Executor, Machine, Stats
 from .dispatch.recording import record
 from .dispatch.rescue import Demoted, Rescue
 from .errors import DeviceMapError, DtypeError, OffloadedWeightError
-from .estimate import Estimate, bound
+from .estimate import Estimate, bound, fields_of
 from .hardware import torch_device
 from .materialize import Materializer
 from .pinned import ALIGNMENT
 from .placed import Placed, placed_of, remember
 from .planner import STRATEGIES, follow_map, make_plan_with_room
-from .replan import Relocation, check_idle
+from .replan import Relocation, alone
 from .skeleton import LoadedAs, as_it_is, model_spec
-from .specs import CPU, DISK, Hardware, LoadRequest, ModelSpec, Needs, Plan, TensorSpec, Workload
+from .specs import CPU, DISK, Hardware, LoadRequest, ModelSpec, Needs, Placement, Plan, TensorSpec, Workload
 from .timeline import Timeline
 from .trace import needs_of
 
@@ -66,8 +65,7 @@ def plan_model(
         BudgetError: no placement keeps the budgets.
     """
     spec = model_spec(model, request.no_split, ties, loaded_as)
-    to_dict = getattr(getattr(model, "config", None), "to_dict", dict)
-    plan = _plan(spec, request, partial(needs_of, model, spec), to_dict(), held)
+    plan = _plan(spec, request, partial(needs_of, model, spec), fields_of(getattr(model, "config", None)), held)
     if not _chosen_here(request):
         _warn_unknown_modules(model, as_map(request.device_map))
     if settings.current().explain:
@@ -202,7 +200,7 @@ def dispatch(model: ModelT, plan: Plan, placed: Placed, stats: Stats | None = No
 def _rescue(plan: Plan, placed: Placed) -> Rescue | None:
     """What to do where an accelerator runs out of memory; nothing where the user decided what is where."""
     devices = sorted({p.device for p in plan.placements} - {CPU})
-    if not devices or placed.request.device_map != "auto" or not settings.current().demote_on_oom:
+    if not devices or placed.request.device_map != "auto" or not placed.demotes:
         return None
     return Rescue(demote, placed.remember, tuple(map(torch_device, devices)))
 
@@ -256,9 +254,9 @@ def replan(model: nn.Module, request: LoadRequest) -> Plan:
         CheckpointError, SpillError, torch.OutOfMemoryError: the move failed on the way. The model has all its weights,
             and runs over a plan that has each where it is now.
     """
-    check_idle(model)
-    plan = plan_model(model, request, held=held_by(model))
-    relocate(model, plan, replace(placed_of(model), request=request))
+    with alone(model):
+        plan = plan_model(model, request, held=held_by(model))
+        relocate(model, plan, replace(placed_of(model), request=request))
     return plan
 
 
@@ -270,13 +268,13 @@ def relocate(model: nn.Module, plan: Plan, placed: Placed) -> None:
     assert placed.materializer is not None
     limits = {name: max(plan.used.get(name, 0), used) for name, used in (*before.plan.used.items(), *plan.used.items())}
     executor = None if attachment is None else attachment.executor
-    relocation = Relocation(model, plan, placed.materializer, executor, limits)
+    relocation = Relocation(model, before.plan, plan, placed.materializer, executor, limits)
     relocation.check()
     suspend(model)
     try:
         relocation.run()
     except BaseException:
-        plan = _plan_of_places(model, plan, placed.request, relocation.places())
+        plan = _plan_of_places(model, before.plan, plan, placed.request, relocation.places())
         raise
     finally:
         relocation.settle(plan)
@@ -285,20 +283,39 @@ def relocate(model: nn.Module, plan: Plan, placed: Placed) -> None:
             placed.settle_in(model)
 
 
-def _plan_of_places(model: nn.Module, plan: Plan, request: LoadRequest, places: Mapping[str, str]) -> Plan:
-    """The plan that leaves every weight where it is."""
+def _plan_of_places(
+    model: nn.Module, before: Plan, plan: Plan, request: LoadRequest, places: Mapping[str, str]
+) -> Plan:
+    """The plan that leaves every weight where it is. What rests on no accelerator is computed where it was `before`:
+    there the caller's inputs and caches are."""
     spec = model_spec(model, request.no_split)
     budget = Hardware(plan.budget, plan.budget.get(CPU, 0))
-    main = next((name for name in places.values() if name not in (CPU, DISK)), CPU)
-    return follow_map(spec, places.__getitem__, main, budget, plan.offload_buffers, hardware.map_value)
+    found = follow_map(spec, places.__getitem__, before.main_device, budget, plan.offload_buffers, hardware.map_value)
+    devices = {p.block.name: p.device for p in before.placements}
+    devices |= {t.name: p.device for p in before.placements for t in p.block.tensors}
+
+    def as_before(p: Placement) -> Placement:
+        names = (p.block.name, *(t.name for t in p.block.tensors))
+        device = next((devices[name] for name in names if name in devices), p.device)
+        if device == p.device or {p.home_of(t.name) for t in p.block.tensors} - {CPU, DISK}:
+            return p
+        return replace(p, device=device, at_home=p.block.gathers and p.home != device)
+
+    placements = [as_before(p) for p in found.placements]
+    plans = [with_placements(found, placements, hardware.map_value, depth) for depth in (2, 1)]
+    return next((each for each in plans if each.keeps_budget), plans[-1])
 
 
 def demote(model: nn.Module, error: torch.OutOfMemoryError) -> Demoted:
     """Send resident blocks of the accelerator that `error` is about to RAM or disk, for as much as it asked for."""
     try:
-        check_idle(model, but=threading.get_ident())
-    except OffloadedWeightError as busy:
-        return Demoted(False, f"No weights were demoted: {busy}")
+        with alone(model, forwards=1):
+            return _demote(model, error)
+    except OffloadedWeightError as refusal:  # before anything moved
+        return Demoted(False, f"No weights were demoted: {refusal}")
+
+
+def _demote(model: nn.Module, error: torch.OutOfMemoryError) -> Demoted:
     plan, placed = inspect(model).plan, placed_of(model)
     lower = demoted(plan, *shortage(plan, str(error)), *_ram_left(plan, placed), hardware.map_value)
     if lower is None:
@@ -369,7 +386,8 @@ class Inspection:
 
     def replan(self, max_memory: Any = None, device_map: Any = None) -> Inspection:
         """Give the model another plan, and move its blocks to where that says; what it computes stays the same, bit for
-        bit. Between forwards only, and no thread may begin one meanwhile.
+        bit. Between forwards only, and no thread may begin one meanwhile; one that calls a model which rests by "auto"
+        on an accelerator, and so has a wrapper that knows, waits until the blocks are there.
 
         Args:
             max_memory: budgets as for a load. None: those of the load; if it had none, what is free now.

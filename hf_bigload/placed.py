@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import nn
 
+from . import settings
 from .dispatch.rescue import Rememberer
 from .materialize import Materializer
 from .planner import STRATEGIES
@@ -29,6 +30,8 @@ class Placed:
     """What a loader does with a model that was dispatched."""
     remember: Rememberer = lambda _given: None
     """Knows how to set back what a forward is given (caches); see `dispatch.rescue`."""
+    demotes: bool = field(default_factory=lambda: settings.current().demote_on_oom)
+    """Whether weights make room where an accelerator runs out of memory: by the settings in force at the load."""
 
     def asked(self, max_memory: Any, device_map: Any) -> LoadRequest:
         """The request that a new plan answers: what is not given stays, except for a map of the old places."""

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import FrameType
 
@@ -21,6 +22,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from .accounts import held_by
 from .dispatch.attach import attachment_of
 from .dispatch.executor import Executor
+from .dispatch.rescue import gate_of
 from .errors import OffloadedWeightError
 from .hardware import device_name
 from .materialize import Materializer
@@ -31,27 +33,37 @@ from .specs import CPU, DISK, Placement, Plan, TensorEntry
 # ---------------------------------------------------------------- who is inside
 
 
-def check_idle(model: nn.Module, but: int | None = None) -> None:
-    """Refuse while a thread (other than `but`) is in a forward of `model`, or uses its weights.
+@contextmanager
+def alone(model: nn.Module, forwards: int = 0) -> Iterator[None]:
+    """Within the context, no thread but the calling one, which may be in so many `forwards`, uses `model`'s weights.
+
+    A thread that calls a model with a wrapper (`dispatch.rescue`) meanwhile waits until the context ends. Who calls one
+    without, or one of a model's blocks directly, is not held back: it must not do so.
 
     Raises:
-        OffloadedWeightError: one is.
+        OffloadedWeightError: a thread is in a forward of `model` already, or uses its weights, or moves them.
     """
-    attachment = attachment_of(model)
-    inside = sorted(thread for thread in _threads_inside(model) if thread != but)
-    if inside or (attachment is not None and attachment.executor.is_in_use):
-        here = threading.get_ident() in inside
-        raise OffloadedWeightError(
-            f"The blocks of {type(model).__name__} cannot be moved while "
-            f"{'this' if here else 'another'} thread is inside of one of its forwards. Replan between two forwards."
-        )
+    me, gate = threading.get_ident(), gate_of(model)
+    with gate.closed(forwards) as counted:
+        inside = set(counted) or {t for t in _threads_inside(model, gate.held_back) if t != me or not forwards}
+        attachment = attachment_of(model)
+        if inside or (attachment is not None and attachment.executor.is_in_use):
+            raise OffloadedWeightError(
+                f"The blocks of {type(model).__name__} cannot be moved while "
+                f"{'this' if me in inside else 'another'} thread is inside of one of its forwards. Replan between two "
+                "forwards."
+            )
+        yield
 
 
-def _threads_inside(model: nn.Module) -> Iterator[int]:
+def _threads_inside(model: nn.Module, held_back: Callable[[], Collection[int]]) -> Iterator[int]:
     """By what the threads execute: a plain model carries nothing that could tell."""
     modules = {id(module) for module in model.modules()}
-    for thread, frame in sys._current_frames().items():
-        if any(each.f_code in _CALLS and id(each.f_locals.get("self")) in modules for each in _stack(frame)):
+    frames = sys._current_frames()
+    held = held_back()  # after the frames: whoever has come to the gate since is not inside
+    for thread, frame in frames.items():
+        called = {id(each.f_locals.get("self")) for each in _stack(frame) if each.f_code in _CALLS}
+        if called & modules - ({id(model)} if thread in held else set()):
             yield thread
 
 
@@ -89,6 +101,7 @@ class Relocation:
     """The way of a model's weights from one plan to another; `executor` is the one that was suspended, if any."""
 
     model: nn.Module
+    before: Plan
     plan: Plan
     materializer: Materializer
     executor: Executor | None
@@ -97,12 +110,19 @@ class Relocation:
     _held: dict[str, int] = field(default_factory=dict)
 
     def check(self) -> None:
-        """Refuse what cannot be done, before anything moves.
+        """Follow the new plan, or refuse what cannot be done, before anything moves.
 
         Raises:
             OffloadedWeightError: a weight of a kind that cannot be moved would have to go elsewhere.
         """
         self.materializer.follow(self.plan)
+        try:
+            self._check()
+        except BaseException:
+            self.materializer.follow(self.before)
+            raise
+
+    def _check(self) -> None:
         for moves in self._blocks():
             for move in moves:
                 if is_traceable_wrapper_subclass(move.tensor) and move.source != move.target:

@@ -28,7 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
 from . import registry, settings
-from .estimate import bound
+from .estimate import bound, fields_of
 from .specs import ModelSpec, Needs, Work, Workload
 
 logger = logging.getLogger(__name__)
@@ -80,14 +80,25 @@ def needs_of(model: nn.Module, spec: ModelSpec, workload: Workload | None = None
     def request(asked: Workload) -> Any:
         return registry.request(model, asked)
 
-    if request(workload) is None:
-        return Needs(workload)
-    key = _identity(model, spec, workload)
-    if key not in _known:
-        while len(_known) >= _KEPT:
-            _known.pop(next(iter(_known)), None)
-        _known[key] = _traced(model, spec, request, workload)
-    return _known[key]
+    try:
+        if request(workload) is None:
+            return Needs(workload)
+        key = _identity(model, spec, workload)
+    except Exception as error:  # noqa: BLE001 - a loader's, or a config's
+        logger.warning("no trace of %s: %s: %s", type(model).__name__, type(error).__name__, error)
+        return bound(spec, workload, fields_of(getattr(model, "config", None)))
+    found = _known.get(key)
+    if found is None:
+        found = _traced(model, spec, request, workload)
+        _keep(key, found)
+    return found
+
+
+def _keep(key: Any, found: Needs) -> None:
+    """Several threads may: what another one drops in the meantime is traced again."""
+    for oldest in list(_known)[: len(_known) - _KEPT + 1]:
+        _known.pop(oldest, None)
+    _known[key] = found
 
 
 _KEPT = 64
@@ -112,9 +123,7 @@ def _traced(model: nn.Module, spec: ModelSpec, request: _Requests, workload: Wor
         except Exception as error:  # noqa: BLE001 - whatever a model raises without values
             logger.info("no trace of %s (%s): %s", type(model).__name__, type(error).__name__, error)
             short = isinstance(error, TooLong)
-    config = getattr(model, "config", None)
-    fields: Mapping[str, Any] = getattr(config, "to_dict", dict)()
-    return bound(spec, workload, fields, fused=getattr(config, "_attn_implementation", "") != "eager")
+    return bound(spec, workload, fields_of(getattr(model, "config", None)))
 
 
 _Requests = Callable[[Workload], Request]

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
-from hf_bigload import arithmetic, bandwidth, hardware
+from hf_bigload import arithmetic, bandwidth, doctor, hardware
 from hf_bigload.bandwidth import Bandwidths, Measurement, device_bandwidth, disk_bandwidth, known, measured
 from hf_bigload.errors import SpillError
 from hf_bigload.specs import CPU, Arithmetic, Speeds
@@ -110,6 +111,26 @@ def test_a_device_is_measured_within_what_it_has_free() -> None:
         rate, _pinned = device_bandwidth("sim:0", 64 * MIB)
         assert rate > 0
         assert sim.max_memory_allocated(0) <= MIB // 4
+
+
+def test_arithmetic_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(arithmetic, "DTYPES", ("float32", "bfloat16"))
+    with simdev.devices([128 * MIB], hide_others=True) as sim:
+        assert bandwidth.multiplying("sim:0").curves["float32"]
+        assert MIB < sim.max_memory_allocated(0) <= 32 * MIB
+
+
+def test_a_full_device_is_left_out_and_the_doctor_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_BIGLOAD_CACHE", str(tmp_path))
+    monkeypatch.setattr(bandwidth, "measure", partial(bandwidth.measure, disk_bytes=MIB, memory_bytes=MIB))
+    monkeypatch.setattr(arithmetic, "measure", lambda _device, *_sizes: TABLE)
+    with simdev.devices([0, 128 * MIB], hide_others=True):
+        found = doctor.examine()
+    assert found.measurement is not None
+    figures = found.measurement.bandwidths
+    assert set(figures.to_device) == {"sim:1"} and set(figures.arithmetic) == {CPU, "sim:1"}
+    assert [problem for problem in found.problems if problem.startswith("sim:0 could not be measured")]
+    assert not [problem for problem in found.problems if problem.startswith("sim:1")]
 
 
 # ---------------------------------------------------------------- keeping

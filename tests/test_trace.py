@@ -16,8 +16,10 @@ pytest.importorskip("transformers")
 
 import transformers
 
+import hf_bigload
+from hf_bigload import flow
 from hf_bigload import trace as module
-from hf_bigload.estimate import BOUND_ERROR, bound
+from hf_bigload.estimate import BOUND_ERROR, bound, fields_of
 from hf_bigload.skeleton import model_spec
 from hf_bigload.specs import Needs, Work, Workload
 from hf_bigload.trace import ERROR, EXTRAPOLATION_ERROR, needs_of
@@ -255,6 +257,20 @@ def test_a_bound_is_no_less_than_a_trace_and_not_much_more(config: Any) -> None:
     assert sum(traced.cache.values()) <= sum(most.cache.values())
 
 
+def test_a_bound_counts_the_scores_of_eager_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = on_meta(transformers.LlamaConfig())
+    fused = bound(model_spec(model), Workload(), fields_of(model.config))
+    model.config._attn_implementation = "eager"
+    eager = bound(model_spec(model), Workload(), fields_of(model.config))
+    assert eager.activations > 2 * fused.activations
+    saved = model.config.to_dict() | {"attn_implementation": "eager"}  # as a config.json may have it
+    assert bound(model_spec(model), Workload(), saved) == eager
+    asked: list[Needs] = []
+    monkeypatch.setattr(flow, "_has_room", lambda _spec, _budget, most: asked.append(most) or True)
+    hf_bigload.plan(model)
+    assert [most.activations for most in asked] == [eager.activations]
+
+
 # ---------------------------------------------------------------- what stays as it was
 
 
@@ -307,6 +323,23 @@ def test_a_model_that_cannot_be_traced_gets_a_bound(monkeypatch: pytest.MonkeyPa
     assert (
         found.method == "bound" and found.activations and found.cache.keys() == {f"model.layers.{i}" for i in range(6)}
     )
+
+
+def test_a_loader_that_fails_leaves_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("on purpose")
+
+    monkeypatch.setattr(module.registry, "request", fail)
+    assert request(tiny_model(architecture("causal:llama")), Workload(BATCH, CONTEXT, NEW)).method == "bound"
+
+
+def test_what_another_thread_drops_at_once_is_still_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Forgetful(dict[Any, Any]):
+        def __setitem__(self, key: Any, value: Any) -> None:
+            pass
+
+    monkeypatch.setattr(module, "_known", Forgetful())
+    assert needs(tiny_model(architecture("causal:llama"))).method == "trace"
 
 
 def test_nothing_is_known_of_a_module_that_is_nobodys() -> None:

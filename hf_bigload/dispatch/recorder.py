@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from functools import wraps
 from itertools import count
@@ -40,6 +40,8 @@ class Journey:
     block: str = ""
     used: bool = False
     """Whether a block was entered that used what came."""
+    coming: Future[int] | None = None
+    """Done when all is noted, where other threads do it."""
 
     def read(self, extents: Sequence[Extent], buffer: memoryview, before: Callable[[], object] | None) -> Future[int]:
         """As `Reader.read`, noted from the moment at which a thread asks for the first byte."""
@@ -94,6 +96,7 @@ class Recorder:
     devices: Iterable[torch.device]
     outer: Collection[str] = ()
     _marks: list[_Mark] = field(default_factory=list)
+    _journeys: list[Journey] = field(default_factory=list)
     _threads: dict[int, int] = field(default_factory=dict)
     _numbers: Iterator[int] = field(default_factory=count)
     _here: _Thread = field(default_factory=_Thread)
@@ -105,7 +108,9 @@ class Recorder:
     # ------------------------------------------------------------ what happens
 
     def journey(self, reader: Reader, copied: int) -> Journey:
-        return Journey(self, reader, copied)
+        begun = Journey(self, reader, copied)
+        self._journeys.append(begun)
+        return begun
 
     def now(self, device: torch.device, stream: torch.Stream | None = None) -> Moment:
         """When `stream` (by default the current one) of `device` gets here."""
@@ -157,8 +162,9 @@ class Recorder:
     # ------------------------------------------------------------ what it was
 
     def finish(self, timeline: Timeline) -> None:
-        """Wait for what devices still do, and fill `timeline`."""
+        """Wait for what devices, and threads that read, still do, and fill `timeline`."""
         ended = time.perf_counter() - self._begun
+        wait([journey.coming for journey in self._journeys if journey.coming is not None])
         used, ahead = [], []
         for mark in tuple(self._marks):
             span = self._measured(mark)

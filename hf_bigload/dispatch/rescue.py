@@ -9,8 +9,12 @@ computes wrong numbers; then the error is raised, with a note.
 from __future__ import annotations
 
 import functools
+import os
+import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
 from types import BuiltinFunctionType, FunctionType
@@ -53,6 +57,91 @@ _rescues: weakref.WeakKeyDictionary[nn.Module, Rescue] = weakref.WeakKeyDictiona
 """By model; a copy of a model is not among them, so its wrapper does nothing."""
 
 
+class Gate:
+    """Counts the threads inside of a model's wrapper, and holds those back that come while its weights move.
+
+    No thread waits here for one that is inside: only for the one that moves weights, which waits for nobody.
+    """
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._inside: Counter[int] = Counter()
+        self._held: Counter[int] = Counter()
+        self._mover: int | None = None
+
+    @contextmanager
+    def entered(self) -> Iterator[None]:
+        """A forward of the calling thread, which waits while another one moves weights."""
+        me = threading.get_ident()
+        with self._changed:
+            if self._mover not in (None, me):
+                self._wait(me)
+            self._inside[me] += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._inside -= Counter((me,))
+
+    def _wait(self, me: int) -> None:
+        self._held[me] += 1
+        try:
+            self._changed.wait_for(lambda: self._mover is None)
+        finally:
+            self._held -= Counter((me,))
+
+    @contextmanager
+    def closed(self, forwards: int = 0) -> Iterator[Collection[int]]:
+        """Nobody else enters within the context; gives the threads inside for which it cannot be closed, if any.
+
+        The calling thread itself may be inside of so many `forwards`. A thread that moves weights counts as inside.
+        """
+        me = threading.get_ident()
+        with self._changed:
+            inside = {thread for thread, count in self._inside.items() if thread != me or count > forwards}
+            if self._mover is not None:
+                inside.add(self._mover)
+            if not inside:
+                self._mover = me
+        try:
+            yield inside
+        finally:
+            if not inside:
+                with self._changed:
+                    self._mover = None
+                    self._changed.notify_all()
+
+    def held_back(self) -> Collection[int]:
+        """The threads that wait for the gate to open."""
+        with self._changed:
+            return set(self._held)
+
+    def after_fork(self) -> None:
+        """In a child, only the thread that forked lives on."""
+        me = threading.get_ident()
+        self._changed = threading.Condition()
+        self._inside, self._held = (Counter({me: count[me]}) for count in (self._inside, self._held))
+        self._mover = me if self._mover == me else None
+
+
+_gates: weakref.WeakKeyDictionary[nn.Module, Gate] = weakref.WeakKeyDictionary()
+"""By model, from its first wrapper or move on: a new plan changes neither who is inside nor who waits."""
+
+
+def gate_of(model: nn.Module) -> Gate:
+    """The gate of `model`. Without a wrapper nobody is counted, and only those who move weights meet there."""
+    return _gates.get(model) or _gates.setdefault(model, Gate())  # one, whichever thread comes first
+
+
+def _after_fork() -> None:
+    for gate in list(_gates.values()):
+        gate.after_fork()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
 class _Wrapped(functools.partial):
     """The forward of a wrapped model. It has no state of its own, so that it can be copied and pickled."""
 
@@ -80,9 +169,17 @@ def uninstall(model: nn.Module) -> None:
 def _forward(model: nn.Module, inner: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
     if torch.compiler.is_compiling():
         return inner(*args, **kwargs)
-    rescue = _rescues.get(model)
-    if rescue is None or _is_recorded(rescue.devices):
+    if (rescue := _rescues.get(model)) is None or _is_recorded(rescue.devices):
         return inner(*args, **kwargs)
+    with gate_of(model).entered():
+        rescue, inner = _rescues.get(model), _inner(model, inner)  # another plan may be in force by now
+        return inner(*args, **kwargs) if rescue is None else _rescued(rescue, model, inner, args, kwargs)
+
+
+def _rescued(
+    rescue: Rescue, model: nn.Module, inner: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """The forward, and again where it ran out of memory, as long as that can be helped and be done again."""
     before = Before(model, rescue, (args, kwargs))
     while True:
         try:
@@ -93,13 +190,19 @@ def _forward(model: nn.Module, inner: Callable[..., Any], /, *args: Any, **kwarg
             if not demoted.happened or missing:
                 add_note(error, _note(demoted, missing))
                 raise
-        inner = _inner(model)
+        inner = _inner(model, inner)
 
 
-def _inner(model: nn.Module) -> Callable[..., Any]:
-    """The forward that the model has now, under the wrapper: a new plan may have hooked it anew."""
-    wrapped = next(f for f in map(vars(model).get, ("forward", "_old_forward")) if isinstance(f, _Wrapped))
-    return wrapped.args[1]
+def _inner(model: nn.Module, before: Callable[..., Any]) -> Callable[..., Any]:
+    """The forward that the model has now, under the wrapper: a new plan may have hooked it anew.
+
+    That is the one `before` where somebody's own forward is around the wrapper.
+    """
+    present = map(vars(model).get, ("forward", "_old_forward"))
+    wrapped = next((forward for forward in present if isinstance(forward, _Wrapped)), None)
+    if wrapped is not None:
+        return wrapped.args[1]
+    return before if model in _rescues else model.forward
 
 
 def _note(demoted: Demoted, missing: str) -> str:

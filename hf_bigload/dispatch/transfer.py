@@ -40,6 +40,8 @@ class Transfer:
         """Have the slot written by other threads, as `start` starts them."""
         self.slot.is_written = True  # first: an interrupt may keep us from seeing the future
         self.coming = start()
+        if self.journey is not None:
+            self.journey.coming = self.coming
 
     def do(self, write: Callable[[], object]) -> None:
         """Have the slot written here and now."""

@@ -5,7 +5,10 @@ from __future__ import annotations
 import copy
 import io
 import logging
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +18,11 @@ from torch import nn
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 import hf_bigload
+from hf_bigload import flow
 from hf_bigload.demotion import shortage
+from hf_bigload.dispatch import attach
 from hf_bigload.dispatch.attach import attachment_of
-from hf_bigload.dispatch.rescue import untouched
+from hf_bigload.dispatch.rescue import Gate, gate_of, untouched
 from hf_bigload.loaders.transformers_caches import remember
 from tests import simdev
 
@@ -183,6 +188,24 @@ class TestAForward:
             with torch.no_grad():
                 assert same_bits(model(given), plain(x))  # "call it again: there is more room now"
 
+    @pytest.mark.parametrize("made_inside", [False, True])
+    def test_in_inference_mode_is_repeated_if_its_inputs_were_made_outside(
+        self, made_inside: bool, plain: nn.Module, tmp_path: Path
+    ) -> None:
+        x = torch.randn(300, WIDTH)
+        with simdev.devices([None]) as sim:
+            model = resident(plain, tmp_path)
+            with torch.inference_mode(made_inside):
+                given = x.to("sim:0")
+            sim.set_capacity(0, sim.memory_allocated(0) + 300 * WIDTH * 4 * 2)
+            with torch.inference_mode():
+                if made_inside:
+                    with pytest.raises(torch.OutOfMemoryError) as raised:
+                        model(given)
+                    assert "cannot be set back" in notes(raised.value)
+                    sim.set_capacity(0, None)
+                assert same_bits(model(given), plain(x))
+
     def test_that_could_never_fit_says_so(self, plain: nn.Module, tmp_path: Path) -> None:
         x = torch.randn(3000, WIDTH)
         with simdev.devices([None]) as sim:
@@ -208,6 +231,117 @@ class TestAForward:
             plan = hf_bigload.inspect(model).plan
             assert {p.block.name: p.device for p in plan.placements} == devices
             assert {p.home for p in plan.placements if p.device == "sim:0"} == {"sim:0"}
+
+    def test_goes_on_where_the_settings_have_changed_since_the_load(
+        self, plain: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        x = torch.randn(300, WIDTH)
+        monkeypatch.setenv("HF_BIGLOAD_DEMOTE_ON_OOM", "0")
+        with simdev.devices([None]) as sim:
+            with hf_bigload.enable(demote_on_oom=True):
+                model = resident(plain, tmp_path)
+            given = x.to("sim:0")
+            sim.set_capacity(0, sim.memory_allocated(0) + 300 * WIDTH * 4 * 2)
+            assert same_bits(model(given), plain(x))
+            assert hf_bigload.inspect(model).plan.streams and "forward" in vars(model)
+
+
+class TestOtherThreads:
+    @pytest.mark.parametrize("device_map", ["auto", {"": "cpu", "first": 0}])
+    def test_wait_outside_while_weights_move(
+        self, device_map: Any, plain: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Also where the plan that comes has no wrapper."""
+        x = torch.randn(3, WIDTH)
+        results: list[torch.Tensor] = []
+        with simdev.devices([None]), ThreadPoolExecutor(1) as pool:
+            model = resident(plain, tmp_path)
+            given = x.to("sim:0")
+            others: list[Future[None]] = []
+
+            def suspend(model: nn.Module) -> Any:
+                others.append(pool.submit(lambda: results.append(model(given))))
+                wait_until(lambda: bool(gate_of(model).held_back()))
+                assert not results
+                return attach.suspend(model)
+
+            monkeypatch.setattr(flow, "suspend", suspend)
+            memory = {0: int(0.6 * nbytes(plain)), "cpu": 2 * nbytes(plain)}
+            hf_bigload.inspect(model).replan(max_memory=memory, device_map=device_map)
+            others[0].result()
+            assert same_bits(results[0], plain(x)) and not gate_of(model).held_back()
+
+    def test_inside_keep_the_weights_where_they_are(self, plain: nn.Module, tmp_path: Path) -> None:
+        inside, go_on = threading.Event(), threading.Event()
+        small, large = torch.randn(3, WIDTH), torch.randn(300, WIDTH)
+        with simdev.devices([None]) as sim, ThreadPoolExecutor(1) as pool:
+            model = resident(plain, tmp_path)
+
+            def stay(_: nn.Module, args: Any) -> None:
+                if len(args[0]) == 3:
+                    inside.set()
+                    go_on.wait(30)
+
+            model.layers[2].register_forward_pre_hook(stay)
+            given = small.to("sim:0"), large.to("sim:0")
+            other = pool.submit(model, given[0])
+            try:
+                assert inside.wait(30)
+                sim.set_capacity(0, sim.memory_allocated(0) + 300 * WIDTH * 4 * 2)
+                with pytest.raises(torch.OutOfMemoryError) as raised:
+                    model(given[1])
+                assert "another thread is inside" in notes(raised.value)
+            finally:
+                sim.set_capacity(0, None)
+                go_on.set()
+            assert same_bits(other.result(), plain(small)) and same_bits(model(given[1]), plain(large))
+            assert not hf_bigload.inspect(model).plan.streams
+
+
+def test_a_forward_around_the_one_that_runs_out_of_memory_keeps_its_weights(tmp_path: Path) -> None:
+    calls: list[str] = []
+
+    class Twice(Net):
+        def forward(self, x: torch.Tensor, again: bool = True) -> torch.Tensor:
+            calls.append("outer" if again else "inner")
+            if again:
+                self(x, again=False)
+            return super().forward(x)
+
+    plain, x = seeded(Twice, layers=6, width=WIDTH), torch.randn(300, WIDTH)
+    with simdev.devices([None]) as sim:
+        model = resident(plain, tmp_path)
+        given = x.to("sim:0")
+        sim.set_capacity(0, sim.memory_allocated(0) + 300 * WIDTH * 4 * 2)
+        assert same_bits(model(given), plain(x)) and hf_bigload.inspect(model).plan.streams
+    assert calls[:3] == ["outer", "inner", "outer"]  # not the inner one again, over weights that left the outer one
+
+
+def test_a_child_process_does_not_wait_for_its_parents_threads() -> None:
+    gate, moving, go_on = Gate(), threading.Event(), threading.Event()
+
+    def move() -> None:
+        with gate.closed():
+            moving.set()
+            go_on.wait(30)
+
+    with ThreadPoolExecutor(1) as pool:
+        other = pool.submit(move)
+        assert moving.wait(30)
+        with gate.closed() as inside:
+            assert len(inside) == 1
+        gate.after_fork()
+        with gate.closed() as inside:
+            assert not inside
+        go_on.set()
+        other.result()
+
+
+def wait_until(happened: Callable[[], bool]) -> None:
+    until = time.monotonic() + 30
+    while not happened() and time.monotonic() < until:
+        time.sleep(0.001)
+    assert happened()
 
 
 def test_what_an_allocator_asked_for_is_read_from_its_error() -> None:

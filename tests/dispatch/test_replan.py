@@ -13,9 +13,12 @@ import torch
 from torch import nn
 
 import hf_bigload
+from hf_bigload import flow, replan
+from hf_bigload.demotion import demoted
 from hf_bigload.dispatch.attach import attachment_of
 from hf_bigload.errors import BudgetError, OffloadedWeightError
 from hf_bigload.pinned import memory_around
+from hf_bigload.placed import placed_of
 from tests import simdev
 
 from . import CPU, Net, Tied, assert_model_at_rest, executor_of, from_disk, placed, same_bits, save, seeded, values
@@ -312,6 +315,43 @@ class TestRefusals:
             sim.set_capacity(0, None)
             assert_same(model, plain, x)
             hf_bigload.inspect(model).replan(device_map={"": 0})
+            assert_same(model, plain, x)
+
+    @pytest.mark.parametrize("devices", [(0.5,), (0.3, 0.3)])
+    def test_a_move_that_fails_leaves_what_streams_where_it_was_computed(
+        self, devices: tuple[float, ...], plain: nn.Module, x: torch.Tensor, tmp_path: Path
+    ) -> None:
+        with simdev.devices([None] * len(devices)) as sim:
+            model = load(plain, tmp_path, budgets(plain, *devices, cpu=2.0))
+            before = hf_bigload.inspect(model).plan
+            for index in range(len(devices)):
+                before = demoted(before, f"sim:{index}", nbytes(plain), ram=nbytes(plain)) or before
+            flow.relocate(model, before, placed_of(model))
+            assert {p.home for p in before.placements} == {"cpu"}
+            for index in range(len(devices)):
+                sim.set_capacity(index, sim.memory_allocated(index))
+            with pytest.raises(torch.OutOfMemoryError):
+                hf_bigload.inspect(model).replan(device_map={"": 0})
+            for index in range(len(devices)):
+                sim.set_capacity(index, None)
+            after = hf_bigload.inspect(model).plan
+            assert after.main_device == before.main_device == "sim:0"
+            assert {p.block.name: p.device for p in after.placements} == {
+                p.block.name: p.device for p in before.placements
+            }
+            assert_same(model, plain, x)
+
+    def test_a_move_that_is_refused_leaves_the_old_plan_in_force(
+        self, plain: nn.Module, x: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        with simdev.devices([None]):
+            model = load(plain, tmp_path, budgets(plain, cpu=0.5))
+            before = hf_bigload.inspect(model).plan
+            monkeypatch.setattr(replan, "is_traceable_wrapper_subclass", lambda _tensor: True)
+            with pytest.raises(OffloadedWeightError, match="Nothing was moved"):
+                hf_bigload.inspect(model).replan(device_map={"": 0})
+            materializer = placed_of(model).materializer
+            assert materializer is not None and materializer.plan is before is hf_bigload.inspect(model).plan
             assert_same(model, plain, x)
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from concurrent.futures import Future
 from itertools import pairwise
 from pathlib import Path
+from threading import Timer
 from typing import Any
 
 import pytest
@@ -80,6 +82,23 @@ class TestFromDiskToRam:
         assert {span.lane for span in timeline.ahead} <= {READ}
         assert {span.block for span in timeline.ahead} <= set(BLOCKS)
         assert executor_of(model).machine.reader.bytes_read >= nbytes([*timeline.of(READ), *timeline.ahead])
+
+    def test_what_is_still_being_read_at_the_end_is_in_it(self, model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        model(torch.randn(2, 64))
+        reader = executor_of(model).machine.reader
+        read, asked = reader.read, []
+        with hf_bigload.inspect(model).record() as timeline:
+
+            def late(*args: Any) -> Future[int]:
+                asked.append(sum(extent.nbytes for extent in args[0]))
+                future: Future[int] = Future()
+                Timer(0.05, lambda: future.set_result(read(*args).result())).start()
+                return future
+
+            monkeypatch.setattr(reader, "read", late)
+            model(torch.randn(2, 64))
+        assert nbytes([*timeline.of(READ), *timeline.ahead]) == sum(asked)
+        assert timeline.ahead and {span.lane for span in timeline.ahead} == {READ}
 
     def test_a_stall_holds_what_the_counters_say(self, model: Any) -> None:
         timeline = recorded(model, torch.randn(2, 64))
