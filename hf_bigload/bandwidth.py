@@ -99,6 +99,7 @@ def speeds(device: str, folder: str | None = None) -> Speeds:
     return Speeds(
         disk=figures.disk,
         bus=figures.to_device.get(device, usual.bus),
+        host=figures.host_copy,
         cpu=figures.arithmetic.get(CPU, usual.cpu),
         device=figures.arithmetic.get(device, usual.device),
         measured=device in figures.arithmetic,

@@ -248,7 +248,7 @@ class _Offload:
 
     def _fastest(self, units: Sequence[BlockSpec]) -> _Found | None:
         """With two slots; with one only where two do not fit, or where that gains more than prefetch may be worth."""
-        best, shortest, worthwhile = None, inf, True
+        best, least, worthwhile = None, inf, True
         for depth in _DEPTHS:
             if best is not None and (self.in_order or not worthwhile):
                 break
@@ -257,9 +257,9 @@ class _Offload:
             if min(problem.ram, problem.passage) < 0:
                 continue
             choice = Search(problem, self.in_order).best()
-            if choice is not None and (seconds := problem.seconds(choice)) < shortest * (1 - _WORTH_A_SLOT):
+            if choice is not None and (cost := problem.cost(choice)) < least * (1 - _WORTH_A_SLOT):
                 bound = 0.0 if any(homes) else problem.lower_bound()
-                best, shortest = _Found(self._at(units, homes, choice), depth, bound), seconds
+                best, least = _Found(self._at(units, homes, choice), depth, bound), cost
                 worthwhile = problem.gained_by_a_slot(choice) > _WORTH_A_SLOT
         return best
 

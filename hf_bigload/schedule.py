@@ -93,11 +93,14 @@ def task(placement: Placement, phase: Phase, needs: Needs, speeds: Speeds, borro
     from_disk = moved > 0 and DISK in (home, *placement.exceptions.values())
     # what is computed where it rests comes page by page, while it is computed with
     paged = placement.block.nbytes if placement.at_home and home == DISK and not placement.block.gathers else 0
+    # what comes from disk into memory takes of its bandwidth, and arithmetic there waits for as much
+    shared = moved / speeds.host if on_cpu else 0.0
     return Task(
         read=moved / speeds.disk if from_disk else 0.0,
         copy=0.0 if on_cpu else moved / speeds.bus,
         compute=_compute(placement.block, phase, needs, speeds.cpu if on_cpu else speeds.device, borrowed)
-        + paged / speeds.disk,
+        + paged / speeds.disk
+        + shared,
         from_memory=moved > 0 and not from_disk,
     )
 

@@ -272,6 +272,8 @@ class Speeds:
     """One NVMe drive, read past the page cache."""
     bus: float = 20e9
     """Pinned memory to an accelerator: PCIe 4.0 with 16 lanes."""
+    host: float = 10e9
+    """Memory to memory."""
     cpu: Arithmetic = field(default_factory=lambda: roofline(20e9, 5e11))
     device: Arithmetic = field(default_factory=lambda: roofline(1e12, 1e14))
     measured: bool = False

@@ -55,7 +55,7 @@ def assert_within_budget(plan: Plan) -> None:
     assert not over
 
 
-COMPUTES_AS_LONG_AS_IT_WAITS = Speeds(1e9, 1e9, roofline(1e9, 1e15, 1), roofline(1e9, 1e15, 1))
+COMPUTES_AS_LONG_AS_IT_WAITS = Speeds(1e9, 1e9, cpu=roofline(1e9, 1e15, 1), device=roofline(1e9, 1e15, 1))
 """Where a second slot, in which the next block comes meanwhile, pays for the block that it drives away."""
 
 LAYERS = [block(f"layers.{i}", 60, 40) for i in range(6)]

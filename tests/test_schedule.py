@@ -58,7 +58,7 @@ def test_one_new_token_needs_no_decoding() -> None:
 
 
 def test_seconds_are_bytes_over_bandwidths() -> None:
-    speeds = Speeds(10, 100, roofline(1000, 1e9, 1), roofline(1000, 1e9, 1))
+    speeds = Speeds(10, 100, cpu=roofline(1000, 1e9, 1), device=roofline(1000, 1e9, 1))
     from_disk = Placement(block("a", 1000), DISK, "cuda:0")
     (prefill, decode) = predict([from_disk], Needs(Workload(1, 1, 11)), speeds, slots=1)
     assert prefill.seconds == pytest.approx(100 + 10 + 1) and decode.seconds_per_call == pytest.approx(111)
