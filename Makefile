@@ -33,6 +33,7 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: $(STAMP)
 	$(BIN)/python examples/demo.py $(ARGS)
+	$(BIN)/python examples/image_demo.py
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -rs $(ARGS)

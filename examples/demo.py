@@ -85,7 +85,7 @@ def run_card(environment: Mapping[str, str], max_memory: Sequence[str]) -> tuple
     """
     options = [part for budget in max_memory for part in ("--max-memory", budget)] + ["--explain"]
     _headline(f"python -m hf_bigload {' '.join(options)} examples/{CARD.name}")
-    answer, plan, seconds = _run([sys.executable, "-m", "hf_bigload", *options, str(CARD)], environment)
+    answer, plan, seconds = run_program([sys.executable, "-m", "hf_bigload", *options, str(CARD)], environment)
     print(f"answer: {answer}\n({seconds:.1f} s, download included)")
     return answer, plan
 
@@ -93,7 +93,7 @@ def run_card(environment: Mapping[str, str], max_memory: Sequence[str]) -> tuple
 def run_plain(environment: Mapping[str, str]) -> str:
     """Load and run the same model with plain Transformers in another process; print and return its answer."""
     _headline("the same model, loaded into RAM by plain Transformers")
-    output, _, seconds = _run([sys.executable, __file__, "--plain"], environment)
+    output, _, seconds = run_program([sys.executable, __file__, "--plain"], environment)
     result = json.loads(output)
     print(f"answer: {result['answer']}\ntokens: {' '.join(map(str, result['ids']))}\n({seconds:.1f} s)")
     return result["answer"]
@@ -130,12 +130,14 @@ def check_same_answer(card_answer: str, plain_answer: str) -> None:
     print("\nOK: the same answer, word for word.")
 
 
-def _run(command: Sequence[str], environment: Mapping[str, str]) -> tuple[str, str, float]:
-    """Run `command` and show its stderr as it comes; return its stdout, its stderr and the seconds it took."""
+def run_program(
+    command: Sequence[str], environment: Mapping[str, str], folder: Path = EXAMPLES.parent
+) -> tuple[str, str, float]:
+    """Run `command` in `folder` and show its stderr as it comes; return its stdout, its stderr and the seconds."""
     started = time.perf_counter()
     with tempfile.TemporaryFile("w+") as stdout:
         with subprocess.Popen(
-            command, env=dict(environment), cwd=EXAMPLES.parent, stdout=stdout, stderr=subprocess.PIPE, text=True
+            command, env=dict(environment), cwd=folder, stdout=stdout, stderr=subprocess.PIPE, text=True
         ) as process:
             stderr = "".join(_echoed(process.stderr or ()))
         if process.returncode:

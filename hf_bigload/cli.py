@@ -146,7 +146,7 @@ def plan(
         if made is not None:
             _console().print(report.plan_view(made, found.repository.name))
             typer.echo(_what_travels(made))
-            typer.echo(report.prediction(made))
+            typer.echo(report.travel(made) if found.repository.is_pipeline else report.prediction(made))
         for step in steps:
             faster = f": {step.times_as_fast:.1f} times as fast" if step.times_as_fast else ""
             typer.echo(f"{human_bytes(step.more)} more {_on(step.device)}, and {step.buys}{faster}.")
@@ -210,6 +210,8 @@ def _say_description(found: Description) -> None:
     )
     if not found.from_class:
         typer.echo("No installed library makes this model of its config: sizes and blocks are those of its headers.")
+    if repository.is_pipeline:
+        _console().print(report.components_table(spec.blocks))
 
 
 def _what_travels(plan: Plan) -> str:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from itertools import groupby
 
 from . import registry
-from .checkpoint.repository import Repository, open_repository
+from .checkpoint.repository import CONFIG_NAME, Repository, open_repository
 from .errors import DtypeError, RepositoryError
 from .estimate import bound
 from .specs import DTYPE_BYTES, BlockSpec, ModelSpec, Needs, TensorSpec, Workload
@@ -55,6 +55,12 @@ def describe(name: str | os.PathLike[str], dtype: str | None = None, revision: s
     described = registry.describe(repository.folder, repository.stored, dtype)
     if described is not None:
         return Description(repository, described.spec, from_class=True, needs=described.needs)
+    if repository.is_pipeline:
+        kind = repository.config.get("_class_name", "of no class")
+        raise RepositoryError(
+            f"{repository.name}: it is a pipeline of several models ({kind}), and no installed library makes them. "
+            f"Install or update diffusers, or name the folder of one of them, with a {CONFIG_NAME}."
+        )
     if repository.stored is None:
         kind = repository.config.get("model_type", "without a model_type")
         raise RepositoryError(

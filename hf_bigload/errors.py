@@ -4,7 +4,8 @@
     ├── CheckpointError (OSError)         the files are not what they claim to be
     │   ├── MissingShardError             a file that the index names is not there
     │   ├── CorruptShardError             truncated, overlapping or lying headers
-    │   └── CheckpointChangedError        a shard changed or vanished while it was in use
+    │   ├── CheckpointChangedError        a shard changed or vanished while it was in use
+    │   └── WeightsMismatchError (ValueError)  it lacks weights of the model, or has other shapes
     ├── RepositoryError (OSError)         no model is there, or it may not be read
     ├── DeviceMapError (ValueError)       a device map that cannot be followed
     ├── BudgetError (ValueError)          no placement fits the memory that was allowed
@@ -60,6 +61,10 @@ class CorruptShardError(CheckpointError):
 
 class CheckpointChangedError(CheckpointError):
     """A shard is no longer the file that was indexed."""
+
+
+class WeightsMismatchError(CheckpointError, ValueError):
+    """A checkpoint lacks weights that the model has, or has some in other shapes."""
 
 
 class RepositoryError(BigloadError, OSError):

@@ -6,11 +6,13 @@ before returned; this is the one file that names them all.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
@@ -64,21 +66,45 @@ def plan_model(
         DeviceMapError: the request's device map names an unknown device, or leaves parameters without one.
         BudgetError: no placement keeps the budgets.
     """
+    share = _share.get()
+    if share is not None and not share.taken:
+        share.taken = True
+        return share.plan
     spec = model_spec(model, request.no_split, ties, loaded_as)
     plan = _plan(spec, request, partial(needs_of, model, spec), fields_of(getattr(model, "config", None)), held)
-    if not _chosen_here(request):
+    if not is_strategy(request.device_map):
         _warn_unknown_modules(model, as_map(request.device_map))
     if settings.current().explain:
         print(report.plan_table(plan, type(model).__name__), file=sys.stderr)
     return plan
 
 
+def plan_spec(spec: ModelSpec, request: LoadRequest, needs: Needs, title: str = "model") -> Plan:
+    """As `plan_model`, for models that are described already, and take `needs` (a pipeline's components, joined)."""
+    budget = _budget(request)
+    strategy = is_strategy(request.device_map)
+    plan = (
+        _chosen(spec, request, budget, needs, firm=False)
+        if strategy
+        else _follow(spec, request, budget, lambda _: needs)
+    )
+    if settings.current().explain:
+        print(report.plan_table(plan, title), file=sys.stderr)
+    return plan
+
+
+def is_strategy(device_map: Any) -> bool:
+    """Whether it leaves the placing to the planner."""
+    return isinstance(device_map, str) and device_map in STRATEGIES
+
+
 def _max_memory(request: LoadRequest) -> Mapping[Any, int | str] | None:
     return request.max_memory if request.max_memory is not None else settings.current().max_memory
 
 
-def _chosen_here(request: LoadRequest) -> bool:
-    return isinstance(request.device_map, str) and request.device_map in STRATEGIES
+def _budget(request: LoadRequest, held: Mapping[str, int] | None = None) -> Hardware:
+    budget = hardware.probe(_max_memory(request), held)
+    return replace(budget, speeds=bandwidth.speeds(next(iter(budget.devices), CPU)))
 
 
 def _plan(
@@ -88,11 +114,9 @@ def _plan(
     config: Mapping[str, Any],
     held: Mapping[str, int] | None = None,
 ) -> Plan:
-    max_memory = _max_memory(request)
-    budget = hardware.probe(max_memory, held)
-    budget = replace(budget, speeds=bandwidth.speeds(next(iter(budget.devices), CPU)))
-    if _chosen_here(request):
-        return _best(spec, request, budget, max_memory is not None, needs_for, config)
+    budget = _budget(request, held)
+    if is_strategy(request.device_map):
+        return _best(spec, request, budget, _max_memory(request) is not None, needs_for, config)
     return _follow(spec, request, budget, needs_for)
 
 
@@ -118,11 +142,15 @@ def _best(
         needs = Needs(most.workload, work=most.work)  # for predictions; nothing has to be kept room for
     else:
         needs = needs_for(most.workload)
+    return _chosen(spec, request, budget, needs, firm=named is not None)
+
+
+def _chosen(spec: ModelSpec, request: LoadRequest, budget: Hardware, needs: Needs, firm: bool) -> Plan:
     return make_plan_with_room(
         spec,
         budget,
         needs,
-        firm=named is not None,
+        firm=firm,
         strategy=request.device_map,
         offload_buffers=request.offload_buffers,
         map_value=hardware.map_value,
@@ -177,18 +205,50 @@ def _warn_unknown_modules(model: nn.Module, device_map: Mapping[str, str]) -> No
         logger.warning("The device_map names modules that the model does not have: %s", ", ".join(unknown))
 
 
+@dataclass(eq=False)
+class Share:
+    """What one model gets of a plan over several: its part, and the rings that it has in common with the others."""
+
+    plan: Plan
+    machine: Machine
+    taken: bool = False
+
+
+_share: ContextVar[Share | None] = ContextVar("hf_bigload_share", default=None)
+
+
+@contextlib.contextmanager
+def sharing(plan: Plan, machine: Machine) -> Iterator[None]:
+    """The first model that is planned within the context follows `plan`, and shares the rings of `machine`."""
+    token = _share.set(Share(plan, machine))
+    try:
+        yield
+    finally:
+        _share.reset(token)
+
+
+def _share_of(plan: Plan) -> Share | None:
+    share = _share.get()
+    return share if share is not None and share.plan is plan else None
+
+
 def dispatch(model: ModelT, plan: Plan, placed: Placed, stats: Stats | None = None) -> ModelT:
     """Make `model`, whose weights rest where `plan` says, run over it. What is moved counts in `stats`, if given."""
     materializer = placed.materializer
     _settle_buffers(model, plan)
     reader = materializer.reader if materializer is not None else Reader()
+    share = _share_of(plan)
+    machine = Machine(reader, {}) if share is None else share.machine.beside(reader)
+    if share is not None and plan.main_device not in plan.devices:  # it runs apart from the others
+        placed = replace(placed, force_hooks=True)
     moves = any(name not in (CPU, DISK) for name in plan.devices)
-    executor = Executor(Machine(reader, {}), plan.offload_buffers, watching=moves and _several_places(plan))
+    executor = Executor(machine, plan.offload_buffers, watching=moves and _several_places(plan))
     executor.machine.stats = stats or executor.machine.stats
     if materializer is not None:
         materializer.register(executor, (*model.parameters(), *model.buffers()))
     for name, size in plan.ring.items():
-        executor.machine.ring_bytes[torch_device(name)] = size + _slack(model, plan, executor, name)
+        rings, device = machine.ring_bytes, torch_device(name)
+        rings[device] = max(rings.get(device, 0), size + _slack(model, plan, executor, name))
     keep_alive = () if materializer is None else materializer.keep_alive
     attach(model, plan, executor, placed.skip_keys, keep_alive, placed.force_hooks, _rescue(plan, placed))
     if materializer is not None and attachment_of(model) is None:
@@ -200,6 +260,8 @@ def dispatch(model: ModelT, plan: Plan, placed: Placed, stats: Stats | None = No
 def _rescue(plan: Plan, placed: Placed) -> Rescue | None:
     """What to do where an accelerator runs out of memory; nothing where the user decided what is where."""
     devices = sorted({p.device for p in plan.placements} - {CPU})
+    if _share_of(plan) is not None:
+        return None  # a plan for this model alone would take what the others have
     if not devices or placed.request.device_map != "auto" or not placed.demotes:
         return None
     return Rescue(demote, placed.remember, tuple(map(torch_device, devices)))
@@ -409,6 +471,11 @@ def inspect(model: nn.Module) -> Inspection:
     Raises:
         ValueError: it was not.
     """
+    if not isinstance(model, nn.Module):
+        raise ValueError(
+            f"{type(model).__name__} is no model. Of a pipeline, inspect the components one by one "
+            "(`inspect(pipe.transformer)`); `enable(explain=True)` prints the plan over all of them when it is loaded."
+        )
     attachment = attachment_of(model)
     plan = resident_plan(model) if attachment is None else attachment.plan
     if plan is None:

@@ -29,14 +29,12 @@ from .dispatch.residency import DiskResident
 from .dispatch.ring import address_of
 from .errors import CheckpointError, DtypeError, human_bytes
 from .hardware import torch_device
+from .module_tensors import PHASE, copy_in_phase
 from .pinned import Pack, memory_around
 from .skeleton import dtype_name
 from .specs import CPU, DISK, CheckpointIndex, FileStamp, Placement, Plan, TensorEntry
 
 logger = logging.getLogger(__name__)
-
-PHASE = 64
-"""Bytes: the modulus of the addresses that CPU kernels look at."""
 
 _AS_STORED = "as stored"
 """In place of a dtype: what is not cast, but cannot be read from where it lies."""
@@ -376,18 +374,6 @@ def _device_tensor(name: str, shape: tuple[int, ...], dtype: torch.dtype, device
             f"Tensor {name!r} needs {human_bytes(math.prod(shape) * dtype.itemsize)} on {device}, which has no room "
             f"for it: {error} Give the plan a smaller budget there, with max_memory."
         ) from error
-
-
-def copy_in_phase(source: torch.Tensor) -> torch.Tensor:
-    """A copy of a CPU tensor whose address has the same residue modulo 64."""
-    if not source.numel() or not source.is_contiguous():
-        return source.clone()
-    nbytes = source.numel() * source.element_size()
-    raw = bytearray(nbytes + PHASE)
-    start = torch.frombuffer(raw, dtype=torch.uint8).data_ptr()
-    offset = (source.data_ptr() - start) % PHASE
-    copied = torch.frombuffer(raw, dtype=source.dtype, count=source.numel(), offset=offset).view(source.shape)
-    return copied.copy_(source)
 
 
 def _in_storage_order(value: torch.Tensor) -> tuple[torch.Tensor, tuple[int, ...] | None]:

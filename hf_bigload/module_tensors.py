@@ -60,6 +60,22 @@ def give_back_unused_memory(device: torch.device) -> None:
         torch.get_device_module(device).empty_cache()
 
 
+PHASE = 64
+"""Bytes: the modulus of the addresses that CPU kernels look at."""
+
+
+def copy_in_phase(source: torch.Tensor) -> torch.Tensor:
+    """A copy of a CPU tensor whose address has the same residue modulo 64."""
+    if not source.numel() or not source.is_contiguous():
+        return source.clone()
+    nbytes = source.numel() * source.element_size()
+    raw = bytearray(nbytes + PHASE)
+    start = torch.frombuffer(raw, dtype=torch.uint8).data_ptr()
+    offset = (source.data_ptr() - start) % PHASE
+    copied = torch.frombuffer(raw, dtype=source.dtype, count=source.numel(), offset=offset).view(source.shape)
+    return copied.copy_(source)
+
+
 # ----------------------------------------------------------------------------------------------------- names and ties
 
 

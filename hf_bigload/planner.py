@@ -413,12 +413,9 @@ def _finish(
     cache = _caches(placements, needs)
     activations = {p.device: _activations(needs, p.device) for p in placements} if needs.activations else {}
     ring = rings(placements, depth)
-    homes = {t.name: map_value(p.home_of(t.name)) for p in placements for t in p.block.tensors}
-    homes.update({name: homes[owner] for name, owner in spec.ties.items() if owner in homes})
-    device_map = execution_device_first(homes, map_value(main))
     return Plan(
         placements=tuple(placements),
-        device_map=device_map,
+        device_map=device_map_of(placements, spec.ties, main, map_value),
         main_device=main,
         budget={**hardware.devices, CPU: hardware.ram or hardware.passage},
         used=_summed(resting(placements, offload_buffers), ring, cache, activations),
@@ -464,6 +461,15 @@ def rings(placements: Sequence[Placement], depth: int) -> dict[str, int]:
         if p.device != CPU and DISK in (p.home, *p.exceptions.values()):
             arriving.setdefault(CPU, []).append(p.streamed_bytes + borrowed)
     return {device: size for device, each in arriving.items() if (size := window(each, depth))}
+
+
+def device_map_of(
+    placements: Sequence[Placement], ties: Mapping[str, str], main: str, map_value: MapValue
+) -> dict[str, Any]:
+    """A placement as libraries write it, with the execution device first."""
+    homes = {t.name: map_value(p.home_of(t.name)) for p in placements for t in p.block.tensors}
+    homes.update({name: homes[owner] for name, owner in ties.items() if owner in homes})
+    return execution_device_first(homes, map_value(main))
 
 
 def resting(placements: Sequence[Placement], offload_buffers: bool) -> dict[str, int]:

@@ -128,6 +128,30 @@ BUILTIN_LOADERS = (
         target="hf_bigload.loaders.transformers:TransformersLoader",
     ),
     BuiltinLoader("peft", library="peft", trigger="peft.peft_model", target="hf_bigload.loaders.peft:PeftLoader"),
+    BuiltinLoader(
+        "diffusers",
+        library="diffusers",
+        trigger="diffusers.models.modeling_utils",
+        target="hf_bigload.loaders.diffusers:DiffusersLoader",
+    ),
+    BuiltinLoader(
+        "diffusers_single_file",
+        library="diffusers",
+        trigger="diffusers.loaders.single_file_model",
+        target="hf_bigload.loaders.diffusers:SingleFileLoader",
+    ),
+    BuiltinLoader(
+        "diffusers_group_offloading",
+        library="diffusers",
+        trigger="diffusers.hooks.group_offloading",
+        target="hf_bigload.loaders.diffusers:GroupOffloadingLoader",
+    ),
+    BuiltinLoader(
+        "diffusers_pipelines",
+        library="diffusers",
+        trigger="diffusers.pipelines.pipeline_utils",
+        target="hf_bigload.loaders.diffusers_pipelines:PipelinesLoader",
+    ),
 )
 
 

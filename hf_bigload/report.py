@@ -49,6 +49,23 @@ def prediction(plan: Plan) -> str:
     return f"Predicted for {what}: {_seconds(plan.seconds)} ({calls}), {how}.{best}"
 
 
+def travel(plan: Plan) -> str:
+    """In words, how long weights are on their way for one image: of a pipeline, the arithmetic is not known."""
+    calls = ", ".join(_phase(phase) for phase in plan.predicted)
+    return f"Weights alone keep a request of the default number of steps busy for {_seconds(plan.seconds)} ({calls})."
+
+
+def components_table(blocks: Sequence[BlockSpec]) -> Table:
+    """The components of a pipeline in the order in which they run, and how often they are called for one request."""
+    table = Table()
+    for column in ("component", "weights", "calls"):
+        table.add_column(column, justify="left" if column == "component" else "right")
+    for component, group in groupby(blocks, key=lambda block: block.name.partition(".")[0]):
+        members = list(group)
+        table.add_row(component, human_bytes(sum(b.nbytes for b in members)), str(members[0].calls or 1))
+    return table
+
+
 def _phase(phase: PhaseTime) -> str:
     if phase.calls == 1:
         return f"{phase.name} {_seconds(phase.seconds)}"

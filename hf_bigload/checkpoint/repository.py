@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -21,9 +22,11 @@ if TYPE_CHECKING:
     from huggingface_hub.hf_api import ModelInfo
 
 CONFIG_NAME = "config.json"
+PIPELINE_NAME = "model_index.json"
+"""In place of a config, where a repository holds a pipeline: its components, which are in folders of their own."""
+
 _NO_MODEL = {
     "adapter_config.json": "it is an adapter: give the name of the model that it adapts",
-    "model_index.json": "it is a pipeline of several models: name the folder of one of them, which has a config.json",
 }
 
 
@@ -42,6 +45,8 @@ class Repository:
     """Of all weights files."""
     download_bytes: int
     """Of those that are not on this machine."""
+    is_pipeline: bool = False
+    """Whether `config` names components, each in a folder of its own. Their tensors are not told."""
 
 
 def open_repository(name: str | os.PathLike[str], revision: str | None = None) -> Repository:
@@ -67,6 +72,9 @@ def open_repository(name: str | os.PathLike[str], revision: str | None = None) -
 
 
 def _in_folder(name: str, folder: str) -> Repository:
+    if _is_pipeline(os.listdir(folder)):
+        paths = (os.path.join(path, file) for path, _, inside in os.walk(folder) for file in inside)
+        return _pipeline(name, folder, {os.path.relpath(path, folder): os.path.getsize(path) for path in paths})
     _check_is_model(name, sorted(os.listdir(folder)))
     config = _read_config(folder)
     try:
@@ -83,8 +91,8 @@ def _in_folder(name: str, folder: str) -> Repository:
     return Repository(name, folder, config, None if index.legacy_files else stored, sizes, 0)
 
 
-def _read_config(folder: str) -> dict[str, Any]:
-    path = os.path.join(folder, CONFIG_NAME)
+def _read_config(folder: str, name: str = CONFIG_NAME) -> dict[str, Any]:
+    path = os.path.join(folder, name)
     try:
         with open(path, encoding="utf-8") as file:
             config = json.load(file)
@@ -93,6 +101,30 @@ def _read_config(folder: str) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise RepositoryError(f"{path} holds no JSON object. Download it again.")
     return config
+
+
+_PIPELINE_WEIGHTS = re.compile(r"(diffusion_pytorch_model|pytorch_model|model)(-\d+-of-\d+)?\.(safetensors|bin)")
+"""What is loaded of a component where no variant is asked for."""
+
+
+def _is_pipeline(files: Collection[str]) -> bool:
+    return PIPELINE_NAME in files and CONFIG_NAME not in files
+
+
+def _pipeline(name: str, folder: str, sizes: Mapping[str, int]) -> Repository:
+    """The pipeline whose configs are in `folder`; `sizes` are bytes of all its files by path."""
+    config = _read_config(folder, PIPELINE_NAME)
+    components = [part for part, classes in config.items() if isinstance(classes, list) and classes[0] is not None]
+    files = [path for part in components for path in _component_files(part, sizes)]
+    missing = [path for path in files if not os.path.exists(os.path.join(folder, path))]
+    total, missing_bytes = (sum(sizes[path] for path in each) for each in (files, missing))
+    return Repository(name, folder, config, None, total, missing_bytes, is_pipeline=True)
+
+
+def _component_files(component: str, sizes: Mapping[str, int]) -> list[str]:
+    inside = [path for path in sizes if os.path.dirname(path) == component]
+    weights = [path for path in inside if _PIPELINE_WEIGHTS.fullmatch(os.path.basename(path))]
+    return [path for path in weights if path.endswith(SAFETENSORS_SUFFIX)] or weights
 
 
 def _check_is_model(name: str, files: list[str]) -> None:
@@ -139,10 +171,13 @@ def _page(name: str) -> str:
 
 
 def _ask_hub(name: str, revision: str | None) -> Repository:
-    from huggingface_hub import HfApi, hf_hub_download
+    from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 
     info = HfApi().model_info(name, revision=revision, files_metadata=True)
     sizes = {sibling.rfilename: sibling.size or 0 for sibling in info.siblings or ()}
+    if _is_pipeline(sizes):
+        patterns = [PIPELINE_NAME, f"*/{CONFIG_NAME}"]
+        return _pipeline(name, snapshot_download(name, revision=info.sha, allow_patterns=patterns), sizes)
     _check_is_model(name, sorted(sizes))
     # all from one commit, whatever is pushed meanwhile
     folder = os.path.dirname(hf_hub_download(name, CONFIG_NAME, revision=info.sha))

@@ -15,7 +15,7 @@ from torch import nn
 
 from ..errors import DoesNotFitError, human_bytes
 from ..hardware import free_by_accelerator, free_ram, torch_device
-from ..module_tensors import as_device, iter_hooks
+from ..module_tensors import as_device, copy_in_phase, iter_hooks
 from ..specs import CPU, DISK, Plan
 from .compiling import compile_apart, compile_together, compiled_inside
 from .executor import CPU_DEVICE, Executor, Scope, Stats, unwatch, watch
@@ -101,8 +101,11 @@ class AlignDevicesHook(ModelHook):
         io_same_device: bool = True,
         returns_to: torch.device | None = None,
         name: str = "",
+        execution_device: torch.device | None = None,
     ) -> None:
         self.executor, self.device, self.name = executor, device, name
+        self.execution_device = device if execution_device is None else execution_device
+        """Where a caller should make inputs, and gets outputs back: of a model as a whole, its plan's main device."""
         self.recipe: Recipe | None = None
         self._module: weakref.ref[nn.Module] | None = None
         self.whole = whole
@@ -115,15 +118,11 @@ class AlignDevicesHook(ModelHook):
         """Else they go to the device of the module that calls this one, which goes on computing with them."""
 
     @property
-    def execution_device(self) -> torch.device:
-        return self.device
-
-    @property
     def runs_on(self) -> torch.device:
         return CPU_DEVICE if self.at_home else self.device
 
     def __repr__(self) -> str:
-        return f"AlignDevicesHook(execution_device={self.device}, offload={self.offload})"
+        return f"AlignDevicesHook(execution_device={self.execution_device}, offload={self.offload})"
 
     def __reduce__(self) -> tuple[Any, ...]:
         return ModelHook, ()
@@ -278,6 +277,21 @@ def attach(
     return model
 
 
+def watch_added(model: nn.Module) -> None:
+    """Notice reads of weights that came to a dispatched model since: an adapter around a block of one leaf, say.
+
+    What is inside a block is leased with it; what is not is brought to whoever reads it.
+    """
+    attachment = attachment_of(model)
+    if attachment is None or not attachment.executor.watching:
+        return
+    runs_on = {"": torch_device(attachment.plan.main_device)}
+    for name, module in model.named_modules():
+        hook = next((h for h in iter_hooks(module) if isinstance(h, AlignDevicesHook)), None)
+        runs_on[name] = runs_on[name.rpartition(".")[0]] if hook is None else hook.runs_on
+        watch(module, attachment.executor, runs_on[name])
+
+
 def _devices(model: nn.Module, plan: Plan) -> dict[str, torch.device]:
     """Where each block and each module above one runs: the latter with its first block, whose inputs it makes."""
     devices: dict[str, torch.device] = {}
@@ -317,6 +331,7 @@ def _hook_blocks(
             io_same_device=not placement.block.name,
             returns_to=_caller(placement.block.name, devices),
             name=placement.block.name,
+            execution_device=None if placement.block.name else torch_device(plan.main_device),
         )
         module = model.get_submodule(placement.block.name)
         add_hook_to_module(module, block_hook, append=True)
@@ -329,7 +344,9 @@ def _hook_containers(model: nn.Module, plan: Plan, hook: Any, devices: Mapping[s
     blocks = {p.block.name for p in plan.placements}
     for path, device in devices.items():
         if path not in blocks:
-            container = hook(device=device, io_same_device=not path, returns_to=_caller(path, devices))
+            main = None if path else torch_device(plan.main_device)
+            returns_to = _caller(path, devices)
+            container = hook(device=device, io_same_device=not path, returns_to=returns_to, execution_device=main)
             add_hook_to_module(model.get_submodule(path), container, append=True)
 
 
@@ -393,7 +410,7 @@ def _check_cast(model: nn.Module, dtype: torch.dtype | None) -> None:
     if dtype is None or attachment is None:
         return
     coming = [p for p in model.parameters() if p in attachment.executor.on_disk and p.is_floating_point()]
-    _check_room([p for p in coming if p.dtype != dtype], CPU_DEVICE, dtype)
+    check_room([p for p in coming if p.dtype != dtype], CPU_DEVICE, dtype)
 
 
 def _target(method: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.device | None:
@@ -416,18 +433,28 @@ def settle(model: nn.Module, device: torch.device) -> None:
     attachment = attachment_of(model)
     assert attachment is not None
     torch.empty(0, device=device)  # raises, with nothing moved yet, if torch has no such device
-    tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
-    executor = attachment.executor
-    coming = [t for t in tensors.values() if executor.home(t).device != device or t in executor.on_disk]
-    _check_room(coming, device)
+    executor, coming = attachment.executor, incoming(model, device)
+    check_room(coming, device)
     detach(model)
     with torch.inference_mode(False), torch.no_grad():
         for tensor in coming:
-            tensor.data = executor.home(tensor).to(device, copy=True)
+            home = executor.home(tensor)
+            on_cpu = device.type == "cpu" == home.device.type
+            tensor.data = copy_in_phase(home) if on_cpu else home.to(device, copy=True)
     model.__dict__.pop("hf_device_map", None)  # a plain model, which may be moved on
 
 
-def _check_room(coming: Sequence[torch.Tensor], device: torch.device, dtype: torch.dtype | None = None) -> None:
+def incoming(model: nn.Module, device: torch.device) -> list[torch.Tensor]:
+    """The tensors of a dispatched model that would have to be brought to `device` for it to be whole there."""
+    attachment = attachment_of(model)
+    assert attachment is not None
+    tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    executor = attachment.executor
+    return [t for t in tensors.values() if executor.home(t).device != device or t in executor.on_disk]
+
+
+def check_room(coming: Sequence[torch.Tensor], device: torch.device, dtype: torch.dtype | None = None) -> None:
+    """Raise DoesNotFitError unless `device` has room for `coming` (as `dtype`) beside what it holds."""
     needed = sum(t.numel() * (dtype or t.dtype).itemsize for t in coming)
     free = free_ram() if device.type == "cpu" else free_by_accelerator().get(str(device), needed)
     if needed > free:

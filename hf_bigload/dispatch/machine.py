@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Protocol
@@ -49,6 +50,19 @@ class Machine:
         self.ring_bytes = dict(ring_bytes)
         self._copy_streams: dict[torch.device, torch.Stream] = {}
         self._copying_homes: set[torch.Stream] = set()
+        self._users: weakref.WeakSet[Machine] = weakref.WeakSet([self])
+        """Of these rings."""
+
+    def beside(self, reader: Reader) -> Machine:
+        """Another that shares the rings: for a model that is called when those with the other machines are not.
+
+        A ring is as large as any of them says, as long as nothing has passed through it.
+        """
+        other = Machine(reader, {})
+        other.rings, other.ring_bytes, other._users = self.rings, self.ring_bytes, self._users
+        other._copy_streams, other._copying_homes = self._copy_streams, self._copying_homes
+        other._users.add(other)
+        return other
 
     def ring(self, device: torch.device) -> Ring:
         return self.rings.get(device) or self._new_ring(device)
@@ -134,7 +148,8 @@ class Machine:
         accelerators = [d for d in self.ring_bytes if d.type != "cpu"]
         serves = accelerators[0] if device.type == "cpu" and accelerators else None
         ring = Ring(device, self.ring_bytes.get(device, 0), serves)
-        ring.make_room = lambda: self.make_room()
+        users = self._users
+        ring.make_room = lambda: any([machine.make_room() for machine in users])
         if device.type != "cpu":
             ring.streams = (self.copy_stream(device),)
         return self.rings.setdefault(device, ring)

@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from ..dispatch.attach import map_hidden
+from ..dispatch.attach import map_hidden, watch_added
 from ..seams import AnySeam, Seam
 
 
 class PeftLoader:
-    """Serves `PeftModel.from_pretrained` and `load_adapter`, also of mixed models."""
+    """Serves `PeftModel.from_pretrained` and `load_adapter`, also of mixed models, and adapters that are injected."""
 
     name = "peft"
     library = "peft"
@@ -24,6 +24,7 @@ class PeftLoader:
         return [
             Seam("peft.peft_model", "PeftModel.from_pretrained", ("model", "model_id"), from_pretrained),
             Seam("peft.peft_model", "PeftModel.load_adapter", ("model_id", "adapter_name"), load_adapter),
+            Seam("peft.tuners.tuners_utils", "BaseTuner.inject_adapter", ("model", "adapter_name"), inject_adapter),
             Seam("peft.mixed_model", "PeftMixedModel.from_pretrained", ("model", "model_id"), from_pretrained),
         ]
 
@@ -36,3 +37,9 @@ def from_pretrained(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: 
 def load_adapter(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     with map_hidden(instance.get_base_model()):
         return wrapped(*args, **kwargs)
+
+
+def inject_adapter(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    result = wrapped(*args, **kwargs)
+    watch_added(kwargs["model"] if "model" in kwargs else args[0])
+    return result

@@ -27,7 +27,6 @@ from ..checkpoint.spill import SpillFolder
 from ..dispatch.attach import AlignDevicesHook, attachment_of, map_hidden
 from ..dispatch.hooks import ModelHook, add_hook_to_module
 from ..errors import QuantizedOffloadError
-from ..hardware import torch_device
 from ..materialize import Materializer
 from ..placed import Placed
 from ..registry import Described
@@ -35,6 +34,7 @@ from ..seams import AnySeam, PropertySeam, Provided, Seam
 from ..skeleton import dtype_name
 from ..specs import DISK, LoadRequest, Plan, TensorSpec, Workload
 from ..trace import Request
+from .calls import default_device_map, device, is_only_meta, normal_tensors, turn
 from .transformers_caches import remember
 from .transformers_requests import request
 from .transformers_skeleton import describe, loaded_as, ties
@@ -126,13 +126,13 @@ def _hook_names() -> Iterator[AnySeam]:
 
 
 def from_pretrained(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    default = settings.current().device_map
+    default = default_device_map()
     if kwargs.get("device_map") is None and default is not None and not _is_parallel(kwargs):
         kwargs = {**kwargs, "device_map": default}
     call = Call(parallel=_is_parallel(kwargs), options=kwargs)
     token = _call.set(call)
     try:
-        with call.held, _normal_tensors():
+        with call.held, normal_tensors():
             result = wrapped(*args, **kwargs)
             if call.claimed and call.plan is not None:
                 _finish(call, result[0] if isinstance(result, tuple) else result)
@@ -143,11 +143,6 @@ def from_pretrained(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: 
 
 def _is_parallel(kwargs: Mapping[str, Any]) -> bool:
     return any(kwargs.get(name) is not None for name in _PARALLEL_ARGUMENTS)
-
-
-def _normal_tensors() -> contextlib.AbstractContextManager[Any]:
-    """Weights loaded under `inference_mode` would be inference tensors for good."""
-    return torch.inference_mode(False) if torch.is_inference_mode_enabled() else contextlib.nullcontext()
 
 
 def check_and_set_device_map(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -161,13 +156,8 @@ def check_and_set_device_map(wrapped: Any, instance: Any, args: tuple[Any, ...],
     except BaseException:
         call.claimed = False
         raise
-    call.claimed = device_map is not None and not _is_only_meta(device_map)
+    call.claimed = device_map is not None and not is_only_meta(device_map)
     return device_map
-
-
-def _is_only_meta(device_map: Any) -> bool:
-    """A model without weights is asked for: nothing to plan."""
-    return isinstance(device_map, Mapping) and {str(device) for device in device_map.values()} == {"meta"}
 
 
 def _sharded_training() -> bool:
@@ -178,9 +168,6 @@ def is_accelerate_available(wrapped: Any, instance: Any, args: tuple[Any, ...], 
     return True if _ours() is not None else wrapped(*args, **kwargs)
 
 
-_turn = threading.RLock()
-
-
 def get_init_context(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The library builds on meta already, and allocates nothing; what the plan needs from here is the dtype.
 
@@ -189,7 +176,7 @@ def get_init_context(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs:
     """
     call = _ours()
     if call is not None:
-        call.held.enter_context(_turn)
+        call.held.enter_context(turn)
         call.dtype = kwargs.get("dtype", args[0] if args else None)
     return wrapped(*args, **kwargs)
 
@@ -326,12 +313,6 @@ def _dispatch(call: Call, model: Any) -> None:
 
 
 # ---------------------------------------------------------------- a dispatched model in the library's hands
-
-
-def device(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.device:
-    """Where a model runs, not where its first weight happens to rest."""
-    attachment = attachment_of(instance)
-    return wrapped() if attachment is None else torch_device(attachment.plan.main_device)
 
 
 def add_hook(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

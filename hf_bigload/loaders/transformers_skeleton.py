@@ -31,12 +31,25 @@ def describe(folder: str, stored: Mapping[str, TensorSpec] | None, dtype: str | 
     It cannot for a model with code of its own (which is not run), and for a quantised one, whose modules depend on
     the quantiser.
     """
+    return _describe(transformers.AutoConfig, None, folder, stored, dtype)
+
+
+def describe_as(
+    cls: Any, folder: str, stored: Mapping[str, TensorSpec] | None, dtype: str | None = None
+) -> Described | None:
+    """As `describe`, of a model that is known to be of class `cls`."""
+    return _describe(cls.config_class, cls, folder, stored, dtype)
+
+
+def _describe(
+    configs: Any, cls: Any, folder: str, stored: Mapping[str, TensorSpec] | None, dtype: str | None
+) -> Described | None:
     try:
-        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+        config = configs.from_pretrained(folder, local_files_only=True)
         if getattr(config, "quantization_config", None) is not None:
             return None
         main = _main_dtype(config, stored, dtype)
-        model = make_skeleton(config, main)
+        model = make_skeleton(config, main, cls)
     except _NOT_MADE as error:
         logger.info("transformers makes no model of the config in %s: %s", folder, error)
         return None
@@ -51,9 +64,9 @@ def _telling(folder: str, stored: Mapping[str, TensorSpec] | None) -> Container[
     return () if stored is None or only_bin else stored
 
 
-def make_skeleton(config: Any, dtype: torch.dtype) -> Any:
-    """The model of `config`, of the class that its `architectures` name, on meta and in `dtype`."""
-    cls = _class_of(config)
+def make_skeleton(config: Any, dtype: torch.dtype, cls: Any = None) -> Any:
+    """The model of `config`, of class `cls` or the one that its `architectures` name, on meta and in `dtype`."""
+    cls = cls or _class_of(config)
     for each in (config, *(getattr(config, name, None) for name in config.sub_configs)):
         if each is not None:
             each.dtype = dtype

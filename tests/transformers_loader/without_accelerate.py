@@ -8,9 +8,6 @@ module, no metadata.
 
 from __future__ import annotations
 
-import importlib.abc
-import importlib.metadata
-import importlib.util
 import json
 import sys
 import traceback
@@ -18,7 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-ABSENT = "accelerate"
+from tests.absent import hide
+
 REPOSITORY = "org/tiny"
 """On the Hub that the environment names; a GPT-2, with other weights on its branch "other"."""
 Check = Callable[[Path], None]
@@ -30,31 +28,8 @@ def check(function: Check) -> Check:
     return function
 
 
-class _Refusal(importlib.abc.MetaPathFinder):
-    def find_spec(self, name: str, path: Any = None, target: Any = None) -> None:
-        if name.partition(".")[0] == ABSENT:
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-
-
-def hide() -> None:
-    """Make Accelerate look as if it had never been installed."""
-    sys.meta_path.insert(0, _Refusal())
-    find_spec, version = importlib.util.find_spec, importlib.metadata.version
-
-    def without_spec(name: str, package: str | None = None) -> Any:
-        return None if name.partition(".")[0] == ABSENT else find_spec(name, package)
-
-    def without_version(name: str) -> str:
-        if name == ABSENT:
-            raise importlib.metadata.PackageNotFoundError(name)
-        return version(name)
-
-    importlib.util.find_spec = without_spec  # type: ignore[assignment]
-    importlib.metadata.version = without_version
-
-
 if __name__ == "__main__":
-    hide()
+    hide("accelerate")
 
 import torch  # noqa: E402
 from transformers import AutoModelForCausalLM, CompileConfig, PreTrainedModel, pipeline  # noqa: E402

@@ -1,0 +1,325 @@
+"""The Diffusers loader for pipelines: one plan and one budget over all components, and what a placed pipeline can do.
+
+The components are described from their configs before anything is loaded, and planned together. Then the library loads
+them one by one, each through its own loader, which gets its part of that plan.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from .. import flow, hardware, settings
+from ..checkpoint.reader import Reader
+from ..composition import joined, part_of
+from ..dispatch.attach import attachment_of, check_room, incoming, settle
+from ..dispatch.machine import Machine
+from ..errors import DeviceMapError
+from ..hardware import torch_device
+from ..registry import Described
+from ..seams import AnySeam, PropertySeam, Seam
+from ..specs import CPU, LoadRequest, ModelSpec, Plan, TensorSpec
+from .calls import default_device_map, no_default_device_map, normal_tensors, turn
+from .diffusers_skeleton import (
+    BY_BYTES,
+    component_class,
+    describe_components,
+    describe_pipeline,
+    folder_of,
+    stored_dtype,
+)
+
+logger = logging.getLogger(__name__)
+
+_PIPELINES = "diffusers.pipelines.pipeline_utils"
+_SINGLE_FILE = "diffusers.loaders.single_file"
+_STRATEGY = "balanced"
+"""The one strategy that the library lets a pipeline have; it stands for whatever the caller asked for."""
+
+_PLAN = "_hf_bigload_plan"
+"""Where a placed pipeline keeps its plan."""
+
+_NOT_OURS = ("use_flashpack", "quantization_config")
+"""Arguments of calls that place the weights in a way of their own."""
+
+
+@dataclass
+class Call:
+    """One `DiffusionPipeline.from_pretrained` in progress."""
+
+    device_map: Any
+    max_memory: Any
+    dtypes: dict[str, Any] | None = None
+    """Filled in once the folder is known, where dtypes are to be those of the files."""
+    plan: Plan | None = None
+    parts: dict[str, Plan] = field(default_factory=dict)
+    machine: Machine = field(default_factory=lambda: Machine(Reader(), {}))
+
+
+_call: contextvars.ContextVar[Call | None] = contextvars.ContextVar("hf_bigload_pipeline_call", default=None)
+
+
+class PipelinesLoader:
+    """Serves `DiffusionPipeline.from_pretrained`, and with it every class of pipelines."""
+
+    name = "diffusers_pipelines"
+    library = "diffusers"
+    trigger = _PIPELINES
+
+    def seams(self) -> Sequence[AnySeam]:
+        pipeline = "DiffusionPipeline"
+        return [
+            Seam(_PIPELINES, f"{pipeline}.from_pretrained", ("pretrained_model_name_or_path",), from_pretrained),
+            Seam(_PIPELINES, "is_accelerate_available", (), is_accelerate_available),
+            Seam(_PIPELINES, "_get_final_device_map", ("device_map", "pipeline_class"), get_final_device_map),
+            Seam(_PIPELINES, "load_sub_model", ("name", "device_map", "max_memory"), load_sub_model),
+            PropertySeam(_PIPELINES, f"{pipeline}._execution_device", execution_device),
+            Seam(_PIPELINES, f"{pipeline}.to", (), to),
+            Seam(_PIPELINES, f"{pipeline}.reset_device_map", (), reset_device_map),
+            Seam(_PIPELINES, f"{pipeline}.remove_all_hooks", (), remove_all_hooks),
+            Seam(_PIPELINES, f"{pipeline}.from_pipe", ("pipeline",), from_pipe),
+            Seam(_SINGLE_FILE, "FromSingleFileMixin.from_single_file", (), refuse_single_file),
+            Seam(_PIPELINES, f"{pipeline}.enable_model_cpu_offload", (), keep_offloading),
+            Seam(_PIPELINES, f"{pipeline}.enable_sequential_cpu_offload", (), keep_offloading),
+            Seam(_PIPELINES, f"{pipeline}.enable_group_offload", (), enable_group_offload),
+        ]
+
+    def describe(self, folder: str, stored: Mapping[str, TensorSpec] | None, dtype: str | None) -> Described | None:
+        """The pipeline in `folder`; see `registry.Describes`."""
+        return describe_pipeline(folder, dtype)
+
+
+# ---------------------------------------------------------------- the call
+
+
+def from_pretrained(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    given = kwargs.get("device_map")
+    device_map = default_device_map() if given is None else given
+    if device_map is None or any(kwargs.get(name) for name in _NOT_OURS):
+        with no_default_device_map():
+            return _within(None, wrapped, args, kwargs)
+    call = Call(device_map, kwargs.get("max_memory"))
+    options = {**kwargs, "device_map": _STRATEGY}
+    for name in ("dtype", "torch_dtype"):
+        if options.get(name) == "auto":
+            options[name] = call.dtypes = {"default": None}
+    with turn, normal_tensors():
+        pipeline = _within(call, wrapped, args, options)
+    _remember(pipeline, call)
+    return pipeline
+
+
+def _within(call: Call | None, wrapped: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    token = _call.set(call)
+    try:
+        return wrapped(*args, **kwargs)
+    finally:
+        _call.reset(token)
+
+
+def _remember(pipeline: Any, call: Call) -> None:
+    if call.plan is None:
+        return
+    placed = any(attachment_of(model) is not None for model in models_of(pipeline))
+    if not placed and not (isinstance(call.device_map, Mapping) or flow.is_strategy(call.device_map)):
+        pipeline.hf_device_map = str(call.device_map)  # whole on the one device that was asked for, as the library says
+        return
+    pipeline.hf_device_map = {
+        name: next(iter(part.device_map.values()), call.plan.main_device) for name, part in call.parts.items()
+    }
+    pipeline.__dict__[_PLAN] = call.plan
+
+
+def is_accelerate_available(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    return True if _call.get() is not None else wrapped(*args, **kwargs)
+
+
+# ---------------------------------------------------------------- the plan
+
+
+def get_final_device_map(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The library asks here where each component goes, with all of them known and none of them loaded."""
+    call = _call.get()
+    if call is None:
+        return wrapped(*args, **kwargs)
+    folder = kwargs["cached_folder"]
+    components = _components(call, folder, kwargs["init_dict"], kwargs["passed_class_obj"], kwargs["dtype"])
+    specs = describe_components(components, folder, kwargs["pipeline_class"])
+    call.plan = _plan(call, specs, kwargs["passed_class_obj"], kwargs["pipeline_class"].__name__)
+    call.parts = {name: part_of(call.plan, name, hardware.map_value) for name in specs}
+    return "auto"
+
+
+def _components(
+    call: Call, folder: str, declared: Mapping[str, Any], passed: Mapping[str, Any], dtype: Any
+) -> dict[str, tuple[Any, torch.dtype | None]]:
+    """Class and dtype of each component that is to be loaded."""
+    found = {}
+    for name, (library, class_name) in declared.items():
+        cls = None if name in passed else component_class(folder, name, library, class_name)
+        if cls is None:
+            continue
+        if call.dtypes is not None:
+            call.dtypes[name] = stored_dtype(folder_of(folder, name)) or torch.float32
+            dtype = call.dtypes
+        found[name] = (cls, dtype.get(name, dtype.get("default", torch.float32)) if isinstance(dtype, dict) else dtype)
+    return found
+
+
+def _plan(call: Call, specs: Mapping[str, ModelSpec], passed: Mapping[str, Any], title: str) -> Plan:
+    max_memory = call.max_memory if call.max_memory is not None else settings.current().max_memory
+    if max_memory is not None:
+        max_memory = _less(max_memory, [model for model in passed.values() if isinstance(model, nn.Module)])
+    request = LoadRequest(device_map=call.device_map, max_memory=max_memory)
+    return flow.plan_spec(joined(specs), request, BY_BYTES, title)
+
+
+def _less(max_memory: Mapping[Any, Any], models: Sequence[nn.Module]) -> dict[Any, Any]:
+    """A budget without what the models that the caller made hold already."""
+    held: dict[str, int] = {}
+    for model in models:
+        attachment = attachment_of(model)
+        used = _held(model) if attachment is None else attachment.plan.used
+        for name, size in used.items():
+            held[name] = held.get(name, 0) + size
+    sizes = {key: settings.parse_size(value) for key, value in max_memory.items()}
+    return {key: max(0, size - held.get(hardware.memory_key(key), 0)) for key, size in sizes.items()}
+
+
+def _held(model: nn.Module) -> dict[str, int]:
+    held: dict[str, int] = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        name = hardware.device_name(tensor.device)
+        held[name] = held.get(name, 0) + tensor.numel() * tensor.element_size()
+    return held
+
+
+def load_sub_model(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Each component is loaded by its own loader, by its part of the plan."""
+    call = _call.get()
+    if call is None or call.plan is None:
+        return wrapped(*args, **kwargs)
+    part = call.parts.get(kwargs["name"])
+    if part is None:  # no model, or one that cannot be planned: whole where the others run
+        main = None if call.plan.main_device == CPU else call.plan.main_device
+        with no_default_device_map():
+            return wrapped(*args, **{**kwargs, "device_map": main, "max_memory": None})
+    with flow.sharing(part, call.machine):
+        return wrapped(*args, **{**kwargs, "device_map": "auto", "max_memory": None})
+
+
+def refuse_single_file(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The library drops the device map of a pipeline in one file, whose components are known once it is read."""
+    if kwargs.get("device_map") is not None:
+        raise DeviceMapError(
+            f"{getattr(instance, '__name__', 'A pipeline')}.from_single_file follows no device_map. Load its models by "
+            "their own from_single_file(..., device_map=...), and give them to from_pretrained of a repository with "
+            "the other components, together with a device_map for these."
+        )
+    with no_default_device_map():
+        return wrapped(*args, **kwargs)
+
+
+# ---------------------------------------------------------------- a placed pipeline
+
+
+def models_of(pipeline: Any) -> list[nn.Module]:
+    """The pipeline's components that have weights, each once."""
+    return list({id(c): c for c in pipeline.components.values() if isinstance(c, nn.Module)}.values())
+
+
+def plan_of(pipeline: Any) -> Plan | None:
+    """The plan over all components of a pipeline that was placed by this package and is still; else None."""
+    plan: Plan | None = pipeline.__dict__.get(_PLAN)
+    return plan if plan is not None and pipeline.hf_device_map is not None else None
+
+
+def execution_device(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.device:
+    """Where the pipeline makes latents and embeddings: never where a weight happens to rest."""
+    plan = plan_of(instance)
+    return wrapped() if plan is None else torch_device(plan.main_device)
+
+
+def to(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """To a device: all of it, a plain pipeline from then on. To a dtype only: placed as it was."""
+    if plan_of(instance) is None:
+        return wrapped(*args, **kwargs)
+    device = kwargs.get("device") or next((a for a in args if isinstance(a, str | int | torch.device)), None)
+    if device is not None:
+        _settle(instance, torch.device(device))
+        return wrapped(*args, **kwargs)
+    device_map, instance.hf_device_map = instance.hf_device_map, None  # the library refuses to cast what has one
+    try:
+        return wrapped(*args, **kwargs)
+    finally:
+        instance.hf_device_map = device_map
+
+
+def reset_device_map(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if plan_of(instance) is None:
+        return wrapped(*args, **kwargs)
+    return _settle(instance, torch.device(CPU))
+
+
+def _settle(pipeline: Any, device: torch.device) -> None:
+    """All components whole on `device`, or, where they do not fit together, nothing moved."""
+    placed = [model for model in models_of(pipeline) if attachment_of(model) is not None]
+    check_room([tensor for model in placed for tensor in incoming(model, device)], device)
+    for model in placed:
+        settle(model, device)
+    for model in models_of(pipeline):
+        model.to(device)
+    pipeline.hf_device_map = None
+    del pipeline.__dict__[_PLAN]
+
+
+def remove_all_hooks(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The hooks that move weights stay: without them the pipeline could not run, and its weights stay readable."""
+    if plan_of(instance) is None:
+        return wrapped(*args, **kwargs)
+    logger.warning("The pipeline keeps its hooks, which follow its device_map; reset_device_map() takes them off.")
+    return None
+
+
+def keep_offloading(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What these methods are called for is what the plan does already."""
+    plan = plan_of(instance)
+    if plan is None:
+        return wrapped(*args, **kwargs)
+    logger.warning(
+        "%s() changes nothing: the components are offloaded already, as the plan of the device_map says, and run on "
+        "%s. For the library's own offloading, call reset_device_map() first.",
+        getattr(wrapped, "__name__", "This method"),
+        plan.main_device,
+    )
+    return None
+
+
+def enable_group_offload(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Refused before any component has got a hook of it."""
+    if plan_of(instance) is None:
+        return wrapped(*args, **kwargs)
+    raise DeviceMapError(
+        "Group offloading cannot be applied to this pipeline: hf_bigload moves its weights already, as the plan of its "
+        "device_map says. Call reset_device_map() first, or load it without a device_map."
+    )
+
+
+def from_pipe(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The new pipeline has the same components, and so the same plan.
+
+    The library casts them, to float32 where no dtype is given: a cast of what is in that dtype already moves nothing.
+    """
+    pipeline: Any = kwargs["pipeline"] if "pipeline" in kwargs else args[0]
+    plan = plan_of(pipeline)
+    new = wrapped(*args, **kwargs)
+    if plan is not None:
+        new.hf_device_map = dict(pipeline.hf_device_map)
+        new.__dict__[_PLAN] = plan
+    return new

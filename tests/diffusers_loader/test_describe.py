@@ -1,0 +1,81 @@
+"""`hf-bigload plan` of a pipeline: its components, how often they run, and where they would rest."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import hf_bigload
+from hf_bigload import cli
+from hf_bigload.describe import describe
+from hf_bigload.loaders.diffusers_skeleton import calls_of
+from hf_bigload.specs import BlockSpec
+
+from .conftest import Saved, load
+from .pipelines import TINY, denoiser_of, weight_bytes
+
+
+def component_bytes(blocks: tuple[BlockSpec, ...]) -> dict[str, int]:
+    sizes: dict[str, int] = {}
+    for block in blocks:
+        component = block.name.partition(".")[0]
+        sizes[component] = sizes.get(component, 0) + block.nbytes
+    return sizes
+
+
+@pytest.mark.parametrize("name", ["flux", "sd3", "stable_video_diffusion"])
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_a_description_has_what_a_load_has(name: str, dtype: str | None, saved: Saved) -> None:
+    found = describe(saved(name), dtype)
+    hf_bigload.enable()
+    options = {} if dtype is None else {"torch_dtype": getattr(torch, dtype)}
+    pipeline = load(saved(name), name, device_map={"": "disk"}, **options)
+    loaded = {component: hf_bigload.inspect(getattr(pipeline, component)) for component in pipeline.hf_device_map}
+    expected = {
+        component: sum(p.block.nbytes for p in inspected.plan.placements) for component, inspected in loaded.items()
+    }
+    assert component_bytes(found.spec.blocks) == expected
+    assert found.repository.file_bytes == weight_bytes(saved(name)) and found.repository.download_bytes == 0
+
+
+def test_components_come_in_the_order_in_which_they_run(saved: Saved) -> None:
+    blocks = describe(saved("flux")).spec.blocks
+    assert list(component_bytes(blocks)) == ["text_encoder", "text_encoder_2", "transformer", "vae"]
+
+
+@pytest.mark.parametrize(
+    ("name", "calls"),
+    [("stable_diffusion", 50), ("flux", 28), ("wan_2_2", 100), ("pixart_sigma", 20), ("stable_video_diffusion", 25)],
+)
+def test_a_denoiser_runs_at_every_step_and_twice_where_guidance_calls_it_apart(name: str, calls: int) -> None:
+    tiny = TINY[name]
+    components = tiny.make().components
+    denoiser = denoiser_of(name)
+    assert calls_of(denoiser, type(components[denoiser]), tiny.cls) == calls
+    others = [n for n in components if n.startswith(("text_encoder", "vae", "image_encoder")) and components[n]]
+    assert {calls_of(other, type(components[other]), tiny.cls) for other in others} == {1}
+
+
+def test_the_command_shows_components_calls_and_phases(saved: Saved) -> None:
+    done = CliRunner().invoke(cli.app, ["plan", str(saved("flux")), "--device", "700KB", "--ram", "2MB"])
+    assert done.exit_code == 0, done.output
+    for line in ("text_encoder_2", "transformer", "28 calls 28 times", "encode"):
+        assert line in done.output
+    rows = {cells[0]: cells[-1] for row in done.output.splitlines() if len(cells := row.replace("│", " ").split()) > 2}
+    assert (rows["transformer"], rows["vae"]) == ("28", "1")
+
+
+def test_the_commands_json_names_the_pipeline(saved: Saved) -> None:
+    done = CliRunner().invoke(cli.app, ["plan", str(saved("flux")), "--device", "none", "--ram", "2MB", "--json"])
+    content = json.loads(done.stdout)
+    assert content["fits"] and {b["name"].partition(".")[0] for b in content["blocks"]} >= {"transformer", "vae"}
+
+
+def test_a_pipeline_that_no_library_makes_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "model_index.json").write_text('{"_class_name": "UnknownPipeline", "part": ["nowhere", "Nothing"]}')
+    with pytest.raises(OSError, match=r"pipeline of several models \(UnknownPipeline\)"):
+        describe(tmp_path)
