@@ -44,7 +44,7 @@ def fitting(nbytes: int) -> tuple[int, int]:
     hidden, weights = HIDDEN, min(NBYTES, nbytes // 4)
     while _peak(hidden) + weights > nbytes:
         hidden //= 2
-        if hidden < 2 * _HEAD:
+        if hidden < _HEAD:
             raise torch.OutOfMemoryError(f"{nbytes} bytes are too few to measure arithmetic with")
     return hidden, weights
 
