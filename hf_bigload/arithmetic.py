@@ -23,12 +23,12 @@ NBYTES = 256 << 20
 
 _TOKENS = (1, 2, 4, 8, 16, 32, 64, 256, 1024)
 _FEW_TOKENS = 32
-"""Up to so many memory takes the time; for more, arithmetic does, and one layer of half the width tells as much."""
+"""Up to so many memory takes the time; for more, arithmetic does, and one layer tells as much as several."""
 _LONG = 0.1
 """Seconds of a call, after which more tokens are taken to be in proportion."""
 _REPEATS = 4
 _SMALL_MODULES = 200
-_COLD = 3
+_COLD = 1.5
 """Times as long as in a loop small modules took between others, in decoding with a T5 and a Llama on a CPU."""
 _HEAD = 64
 _VALUES = ("neg", "tanh", "square", "float", "sigmoid", "abs")
@@ -44,16 +44,15 @@ def fitting(nbytes: int) -> tuple[int, int]:
     hidden, weights = HIDDEN, min(NBYTES, nbytes // 4)
     while _peak(hidden) + weights > nbytes:
         hidden //= 2
-        if hidden < 2 * _HEAD:
+        if hidden < _HEAD:
             raise torch.OutOfMemoryError(f"{nbytes} bytes are too few to measure arithmetic with")
     return hidden, weights
 
 
 def _peak(hidden: int) -> int:
-    """Bytes beside the weights asked for, at the most: a layer in fp32, a narrow one, and what that computes."""
-    narrow = max(_HEAD, hidden // 2)
-    layers = 4 * (4 + 3 * 11 / 4) * (hidden**2 + narrow**2)
-    values, scores = 24 * narrow, 4 * _TOKENS[-1] * narrow // _HEAD  # of a token; scores are in memory on some devices
+    """Bytes beside the weights asked for, at the most: a layer in fp32, and what that computes."""
+    layers = 4 * (4 + 3 * 11 / 4) * hidden**2
+    values, scores = 24 * hidden, 4 * _TOKENS[-1] * hidden // _HEAD  # of a token; scores are in memory on some devices
     return int(layers + 4 * _TOKENS[-1] * (values + scores))
 
 
@@ -76,11 +75,10 @@ def measure(device: torch.device, hidden: int = HIDDEN, nbytes: int = NBYTES) ->
 
 def _curve(dtype: torch.dtype, hidden: int, nbytes: int, per_value: float) -> Iterator[tuple[float, float]]:
     """(tokens, seconds per element of a weight), without those of other operators' values."""
-    wide = _Layer(hidden, dtype)
-    layers = [wide, *(_Layer(hidden, dtype) for _ in range(nbytes // wide.nbytes))]
-    narrow = [_Layer(max(_HEAD, hidden // 2), dtype)]
+    first = _Layer(hidden, dtype)
+    layers = [first, *(_Layer(hidden, dtype) for _ in range(nbytes // first.nbytes))]
     for tokens in _TOKENS:
-        used = layers if tokens <= _FEW_TOKENS else narrow
+        used = layers if tokens <= _FEW_TOKENS else layers[:1]
         inputs = torch.rand(1, tokens, used[0].hidden).to(dtype)
         seconds = _mean(partial(_run, used, inputs), inputs.device)
         values = per_value * tokens * sum(layer.values for layer in used)
