@@ -23,7 +23,7 @@ DEVICE, RAM, FILES = 0, 1, 2
 """Tiers: where it is computed, memory, disk."""
 
 MOST_STEPS = 3000
-_FEW_CHOICES = 4096
+_FEW_CHOICES = 3**8
 _STEPS_TIMES_ITEMS = 30_000
 _FEWEST_STEPS = 12
 """Steps of a search (choices filled, schedules followed), each of which takes time proportional to the items."""
