@@ -27,9 +27,11 @@ import torch
 
 from benchmarks.accelerator import opened, pinned_bandwidth
 from benchmarks.measure import shards
+from benchmarks.pipelines import PipelineBench, pipeline_rows
 from benchmarks.processes import (
     ATTEMPTS,
     RAW_BYTES,
+    NotRunError,
     ResultsDifferError,
     Runner,
     WorkerError,
@@ -41,6 +43,7 @@ from benchmarks.processes import (
 from benchmarks.raw_disk import Mode, measure
 from benchmarks.report import Row, Target, append, duration, machine, markdown, print_table, rate, size
 from benchmarks.write_checkpoint import ARCHITECTURES, ensure_checkpoint
+from benchmarks.write_pipeline import ensure_pipeline
 
 Report = dict[str, Any]
 
@@ -53,6 +56,7 @@ RUNTIME_BYTES = 6 * 10**9
 """What a process with an accelerator's libraries takes of a memory limit, besides weights."""
 COPY_BYTES, TINY_COPY_BYTES = 256 << 20, 1 << 20
 DISK_STEPS = 3
+PIPELINE_STEPS, TINY_PIPELINE_STEPS = 30, 2
 SOME_TINY_MODELS = ("llama", "t5")
 GIGABYTE = 10**9
 
@@ -72,6 +76,9 @@ class GpuBench:
     """Of the tiny models, those to compare; none stands for all."""
     steps: int
     copy_bytes: int
+    pipeline: str
+    """Its size."""
+    pipeline_steps: int
 
     @property
     def files(self) -> list[Path]:
@@ -223,6 +230,16 @@ def _step_seconds(report: Report) -> float:
     return median(step["seconds"] for step in report["steps"][1:] or report["steps"])
 
 
+def pipeline(bench: GpuBench) -> Iterator[Row]:
+    if importlib.util.find_spec("diffusers") is None:
+        raise NotRunError("not run: no diffusers")
+    folder = bench.checkpoint.parent / f"pipeline_{bench.pipeline}"
+    checkpoint = ensure_pipeline(bench.pipeline, folder, bench.device)
+    yield from pipeline_rows(
+        PipelineBench(bench.runner.run, bench.name, checkpoint, bench.pipeline, bench.pipeline_steps)
+    )
+
+
 Part = tuple[str, Callable[[GpuBench], Iterator[Row]]]
 
 
@@ -236,7 +253,7 @@ def parts() -> list[Part]:
     ordered += [(f"ram_{factor}x", partial(from_ram, factor=factor)) for factor in FACTORS]
     ordered += [("load_cold", load_cold)]
     ordered += [(f"disk_{factor}x", partial(from_disk, factor=factor)) for factor in FACTORS[::-1]]
-    return ordered
+    return [*ordered, ("pipeline", pipeline)]
 
 
 def parse_options(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -277,6 +294,8 @@ def prepare(options: argparse.Namespace, device: torch.device, scratch: str) -> 
         tiny_models=SOME_TINY_MODELS if options.tiny else (),
         steps=options.steps,
         copy_bytes=TINY_COPY_BYTES if options.tiny else COPY_BYTES,
+        pipeline="tiny" if options.tiny else "short",
+        pipeline_steps=TINY_PIPELINE_STEPS if options.tiny else PIPELINE_STEPS,
     )
 
 

@@ -40,7 +40,7 @@ def version(name):
 
 needed = {"torch": (2, 6), "transformers": (5, 20), "safetensors": (0, 5), "huggingface_hub": (1, 0), "numpy": (1, 26),
           "psutil": (5, 9), "rich": (13, 0), "wrapt": (1, 16), "pytest": (8, 0)}
-compared = {"accelerate": "stock", "diffusers": "group offload"}
+compared = {"accelerate": "stock", "diffusers": "group offload, and no pipeline"}
 lacking = [f"{name}>={a}.{b} (found {'.'.join(map(str, found)) if (found := version(name)) else 'none'})"
            for name, (a, b) in needed.items() if (version(name) or (0,)) < (a, b)]
 for name, what in compared.items():

@@ -24,6 +24,7 @@ from benchmarks import (
     forward,
     gpu,
     memory_cgroup,
+    pipelines,
     raw_disk,
     report,
     resident_forward,
@@ -427,6 +428,71 @@ def test_an_accelerator_that_gives_other_bits_fails_the_run(
     folder = str(tmp_path / "bench")
     assert gpu.main(["--device", "sim", "--tiny", "--part", "correctness", "--folder", folder]) == 1
     assert "RESULTS DIFFER" in capsys.readouterr().out
+
+
+# --- pipelines ---
+
+
+@pytest.fixture
+def pipelines_run(in_this_process: None, tmp_path: Path) -> Callable[..., int]:
+    pytest.importorskip("diffusers")
+    options = ["--device", "sim", "--steps", "2", "--folder", str(tmp_path / "bench")]
+    return lambda *more: pipelines.main([*options, *more])
+
+
+def test_a_pipeline_moves_each_encoder_block_once_and_its_denoiser_never(
+    pipelines_run: Callable[..., int], tmp_path: Path
+) -> None:
+    pytest.importorskip("accelerate")
+    record = tmp_path / "RESULTS.md"
+    assert pipelines_run("--record", str(record)) == 0
+    rows = [line for line in record.read_text().splitlines() if line.startswith("| pipeline")]
+    met = [row for row in rows if "| met |" in row]
+    assert [row.split(",")[0] for row in met[1:]] == [
+        f"| pipeline: {name}" for name in ("transformer", "text_encoder", "text_encoder_2")
+    ]
+    assert "0.00 kB" in met[1]
+    assert len(rows) == 5 + 3 * len(pipelines.PEERS)
+    assert not [row for row in rows if "failed" in row or "NOT MET" in row]
+
+
+def without_engines(monkeypatch: pytest.MonkeyPatch, change: Callable[[str, dict[str, Any]], dict[str, Any]]) -> None:
+    """Each engine's report is made up: bytes, seconds and pixels that are the same, then changed."""
+
+    def run(self: Runner, module: str, *arguments: object, limit: int | None = None) -> dict[str, Any]:
+        engine = str(arguments[arguments.index("--engine") + 1])
+        call = {"seconds": 1.0, "peak_bytes": 2, "copied_bytes": 3, "pixels_sha256": "a"}
+        components = ("transformer", "vae", *pipelines.ENCODERS)
+        empty: dict[str, dict[str, int]] = {name: {} for name in components}
+        return change(engine, {"engine": engine, "calls": [call], "budget": 1, "moved": empty, "streamed": empty})
+
+    monkeypatch.setattr(Runner, "run", run)
+
+
+def test_a_peer_that_fails_or_makes_another_image_fails_its_rows_alone(
+    pipelines_run: Callable[..., int], monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    def change(engine: str, report: dict[str, Any]) -> dict[str, Any]:
+        if engine == "model_cpu_offload":
+            raise WorkerError("ended with 1:\nValueError: no such stream")
+        return report | ({"calls": [{"pixels_sha256": "b"}]} if engine == "group_offload_blocks" else {})
+
+    without_engines(monkeypatch, change)
+    assert pipelines_run() == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "model_cpu_offload failed" in printed and "ValueError: no such stream" in printed
+    assert "group_offload_blocks failed" in printed and "group_offload_leaves: a call" in printed
+
+
+def test_another_image_of_ours_fails_the_run(
+    pipelines_run: Callable[..., int], monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    def change(engine: str, report: dict[str, Any]) -> dict[str, Any]:
+        return report | ({"calls": [{"pixels_sha256": "b"}]} if engine == "hf_bigload" else {})
+
+    without_engines(monkeypatch, change)
+    assert pipelines_run() == 1
+    assert "hf_bigload: pixels b, resident a" in capsys.readouterr().err
 
 
 # --- what the runs are made of ---
