@@ -116,6 +116,8 @@ def call(pipeline: Any, options: argparse.Namespace, device: torch.device) -> di
     synchronize()
     seconds = time.perf_counter() - started
     after = to_the_device(device)
+    if not image.isfinite().all() or image.min() == image.max():
+        raise ValueError("the image is not finite, or all of one value: equal pixels would say nothing")
     return {
         "seconds": seconds,
         "peak_bytes": torch.get_device_module(device).max_memory_allocated(device),

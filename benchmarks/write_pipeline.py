@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,10 @@ def ensure_pipeline(size: str, folder: Path, device: torch.device) -> Path:
     depth = SIZES[size]
     pipeline = TINY["flux"].make() if depth is None else flux(depth, device)
     pipeline.save_pretrained(folder)
+    del pipeline
+    if depth is not None and device.type != "cpu":
+        gc.collect()
+        torch.get_device_module(device).empty_cache()  # the processes that are measured need it
     return folder
 
 
