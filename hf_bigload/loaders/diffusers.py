@@ -10,13 +10,15 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import functools
+import logging
+import re
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-from diffusers.models import modeling_utils
 from torch import nn
 
 from .. import flow, settings
@@ -89,7 +91,7 @@ class DiffusersLoader:
                 ("model", "state_dict", "resolved_model_file", "pretrained_model_name_or_path"),
                 load_pretrained_model,
             ),
-            *_dispatch_of(_MODELING, modeling_utils),
+            *_dispatch_of(_MODELING, sys.modules[_MODELING]),
             Provided(_MODELING, "accelerate", SimpleNamespace(init_empty_weights=init_empty_weights)),
             PropertySeam(_MODELING, "ModelMixin.device", device),
         ]
@@ -269,10 +271,10 @@ def _of_shards(call: Call, files: Sequence[str]) -> State:
 
 def _warn_of_unexpected(model: Any, found: Loaded, source: str) -> None:
     ignored = model._keys_to_ignore_on_load_unexpected or ()
-    unknown = [name for name in found.unexpected if not any(modeling_utils.re.search(p, name) for p in ignored)]
+    unknown = [name for name in found.unexpected if not any(re.search(p, name) for p in ignored)]
     found.unexpected[:] = unknown
     if unknown:
-        modeling_utils.logger.warning(
+        logging.getLogger(_MODELING).warning(
             "%s has weights that %s does not have, which were not used: %s",
             source,
             type(model).__name__,

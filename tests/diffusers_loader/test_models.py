@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -212,3 +214,13 @@ def test_models_that_declare_nothing_are_cut_where_their_lists_repeat(tmp_path: 
         ours = diffusers.VQModel.from_pretrained(tmp_path, device_map=ON_DISK)
     blocks = [p.block for p in hf_bigload.inspect(ours).plan.placements]
     assert max(block.nbytes for block in blocks) < sum(block.nbytes for block in blocks) / 3
+
+
+def test_the_loader_is_there_whatever_of_the_library_is_imported_first() -> None:
+    program = (
+        "import hf_bigload; hf_bigload.enable(); "
+        "import diffusers.hooks; from diffusers import ModelMixin; "
+        "assert hasattr(ModelMixin.from_pretrained, '__wrapped__')"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert "could not be installed" not in done.stderr and done.returncode == 0, done.stderr
