@@ -83,6 +83,7 @@ class DiffusersLoader:
             Seam(_MODELING, "ModelMixin.from_pretrained", ("pretrained_model_name_or_path",), from_pretrained),
             Seam(_MODELING, "is_accelerate_available", (), is_accelerate_available),
             Seam(_MODELING, "DiffusersAutoQuantizer.from_config", (), quantizer_from_config),
+            Seam(_MODELING, "no_init_weights", (), no_init_weights),
             Seam(_MODELING, "load_state_dict", ("checkpoint_file",), load_state_dict),
             Seam(_MODELING, "_determine_device_map", _PLANNED_WITH, determine_device_map),
             Seam(
@@ -177,6 +178,17 @@ def _claimed(options: Mapping[str, Any], device_map: Any) -> Iterator[Call]:
 
 def is_accelerate_available(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     return True if _ours() is not None else wrapped(*args, **kwargs)
+
+
+def no_init_weights(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The library makes its model without weights in here, with functions replaced that all threads share."""
+    return wrapped(*args, **kwargs) if _ours() is None else _one_at_a_time(wrapped(*args, **kwargs))
+
+
+@contextlib.contextmanager
+def _one_at_a_time(context: contextlib.AbstractContextManager[Any]) -> Iterator[None]:
+    with turn, context:
+        yield
 
 
 def quantizer_from_config(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
