@@ -15,7 +15,7 @@ import torch
 import transformers
 from torch import nn
 
-from ..checkpoint.formats import read_safetensors
+from ..checkpoint.index import build_index
 from ..composition import called, joined
 from ..meta_init import init_empty_weights
 from ..registry import Described
@@ -31,6 +31,12 @@ _NOT_MADE = (AttributeError, ImportError, KeyError, NotImplementedError, OSError
 """What the libraries raise for a config that they cannot make a model of."""
 
 _INDEX = "model_index.json"
+_WEIGHTS = re.compile(
+    r"(?:diffusion_pytorch_model|model|pytorch_model)(?:\.(?P<variant>[^.]+?))?(?:-\d+-of-\d+)?"
+    r"(?:\.(?P<shards_variant>[^.]+))?\.(?P<suffix>safetensors|bin)"
+)
+"""Names of weights files in both libraries; shards of older files have the variant behind their numbers."""
+
 _DEFAULT_STEPS = 28
 """Of a pipeline whose signature names none."""
 
@@ -98,19 +104,31 @@ def make_skeleton(cls: Any, folder: str, dtype: torch.dtype | None) -> Any:
         torch.set_default_dtype(usual)
 
 
-def _stored(folder: str) -> Mapping[str, TensorSpec]:
-    """The tensors of a component's safetensors files. Which of several variants is loaded makes no difference here."""
-    found: dict[str, TensorSpec] = {}
-    for file in sorted(os.listdir(folder)):
-        if file.endswith(".safetensors"):
-            entries, _ = read_safetensors(os.path.join(folder, file))
-            found |= {name: TensorSpec(name, e.nbytes, e.dtype, e.shape) for name, e in entries.items()}
-    return found
+def weight_files(folder: str, variant: str | None = None, use_safetensors: bool | None = None) -> list[str]:
+    """The files of a component that a load with these arguments reads, by their names; empty if there are none.
+
+    As the libraries have it: files of the variant before those of none, safetensors before `.bin`. Where only another
+    variant is there, which no load would find, it still tells the model's tensors.
+    """
+    found: dict[tuple[str | None, str], list[str]] = {}
+    for name in sorted(os.listdir(folder)):
+        if (match := _WEIGHTS.fullmatch(name)) is not None:
+            key = (match["variant"] or match["shards_variant"], match["suffix"])
+            found.setdefault(key, []).append(os.path.join(folder, name))
+    suffixes = ("safetensors", "bin") if use_safetensors is None else ("safetensors",) if use_safetensors else ("bin",)
+    tags = dict.fromkeys((variant, None, *(tag for tag, _ in found)))
+    return next((found[tag, suffix] for tag in tags for suffix in suffixes if (tag, suffix) in found), [])
 
 
-def stored_dtype(folder: str) -> torch.dtype | None:
+def _stored(folder: str, variant: str | None = None, use_safetensors: bool | None = None) -> Mapping[str, TensorSpec]:
+    """The tensors of a component's files, but for those in the format that torch had before its zip archives."""
+    entries = build_index(weight_files(folder, variant, use_safetensors)).entries
+    return {name: TensorSpec(name, e.nbytes, e.dtype, e.shape) for name, e in entries.items()}
+
+
+def stored_dtype(folder: str, variant: str | None = None, use_safetensors: bool | None = None) -> torch.dtype | None:
     """The dtype of the first weight in a component's files, as `torch_dtype="auto"` means it; None if unknown."""
-    dtypes = (getattr(torch, tensor.dtype, None) for tensor in _stored(folder).values())
+    dtypes = (getattr(torch, tensor.dtype, None) for tensor in _stored(folder, variant, use_safetensors).values())
     return next((dtype for dtype in dtypes if dtype is not None and dtype.is_floating_point), None)
 
 

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 import hf_bigload
 from hf_bigload import cli
 from hf_bigload.describe import describe
-from hf_bigload.loaders.diffusers_skeleton import calls_of
+from hf_bigload.loaders.diffusers_skeleton import calls_of, stored_dtype, weight_files
 from hf_bigload.specs import BlockSpec
 
 from .conftest import Saved, load
@@ -79,3 +81,40 @@ def test_a_pipeline_that_no_library_makes_is_refused(tmp_path: Path) -> None:
     (tmp_path / "model_index.json").write_text('{"_class_name": "UnknownPipeline", "part": ["nowhere", "Nothing"]}')
     with pytest.raises(OSError, match=r"pipeline of several models \(UnknownPipeline\)"):
         describe(tmp_path)
+
+
+STORED = {
+    "model.safetensors": torch.float32,
+    "model.fp16.safetensors": torch.float16,
+    "pytorch_model.bin": torch.bfloat16,
+}
+
+
+@pytest.fixture
+def component(tmp_path: Path) -> Path:
+    for name, dtype in STORED.items():
+        tensors = {"ids": torch.zeros(2, dtype=torch.int64), "weight": torch.zeros(2, dtype=dtype)}
+        (torch.save if name.endswith(".bin") else save_file)(tensors, tmp_path / name)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("options", "file"),
+    [
+        ({}, "model.safetensors"),
+        ({"variant": "fp16"}, "model.fp16.safetensors"),
+        ({"variant": "ema"}, "model.safetensors"),
+        ({"use_safetensors": False}, "pytorch_model.bin"),
+    ],
+)
+def test_auto_is_the_dtype_of_the_files_that_are_loaded(options: dict[str, Any], file: str, component: Path) -> None:
+    assert stored_dtype(str(component), **options) == STORED[file]
+
+
+def test_shards_of_a_variant_are_found_whichever_way_they_are_named(tmp_path: Path) -> None:
+    names = ["model-00001-of-00002.safetensors", "model-00002-of-00002.fp16.safetensors"]
+    names += ["model.fp16-00001-of-00002.safetensors", "model.fp16.safetensors.index.json", "adapter.safetensors"]
+    for name in names:
+        (tmp_path / name).touch()
+    found = [Path(file).name for file in weight_files(str(tmp_path), "fp16")]
+    assert found == ["model-00002-of-00002.fp16.safetensors", "model.fp16-00001-of-00002.safetensors"]

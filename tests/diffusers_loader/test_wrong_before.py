@@ -153,8 +153,9 @@ def test_11_a_missing_key_is_named_before_anything_is_loaded(saved: Saved, tmp_p
         load(tmp_path, "flux", device_map=ON_DISK)
 
 
-def test_12_auto_is_the_checkpoints_dtype_for_all_components(tmp_path: Path) -> None:
-    TINY["flux"].make().to(torch.bfloat16).save_pretrained(tmp_path)
+@pytest.mark.parametrize("safe", [True, False])
+def test_12_auto_is_the_checkpoints_dtype_for_all_components(safe: bool, tmp_path: Path) -> None:
+    TINY["flux"].make().to(torch.bfloat16).save_pretrained(tmp_path, safe_serialization=safe)
     hf_bigload.enable()
     pipeline = load(tmp_path, "flux", device_map="auto", torch_dtype="auto")
     assert {model.dtype for model in models_of(pipeline)} == {torch.bfloat16}
