@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ast
+import functools
 import inspect
 import json
 import logging
 import os
 import re
-from collections.abc import Mapping
+import textwrap
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 import diffusers
@@ -140,11 +143,9 @@ BY_BYTES = Needs(Workload(context_length=0, new_tokens=1))
 
 def describe_pipeline(folder: str, dtype: str | None) -> Described | None:
     """The pipeline whose `model_index.json` is in `folder`, its components' configs below; None for anything else."""
-    index = os.path.join(folder, _INDEX)
-    if not os.path.exists(index):
+    declared = _read_json(os.path.join(folder, _INDEX))
+    if not declared:
         return None
-    with open(index, encoding="utf-8") as file:
-        declared = json.load(file)
     pipeline_class = getattr(diffusers, str(declared.get("_class_name")), None)
     classes = {
         name: component_class(folder, name, *named)
@@ -163,10 +164,11 @@ def describe_components(
 ) -> dict[str, ModelSpec]:
     """Those components of a pipeline that can be described, by name: given are their classes and dtypes."""
     found = {}
+    shares = _shares(folder, pipeline_class)
     for name, (cls, dtype) in in_order(components, pipeline_class):
         spec = describe_component(cls, folder_of(folder, name), dtype)
         if spec is not None:
-            found[name] = called(spec, calls_of(name, cls, pipeline_class))
+            found[name] = called(spec, calls_of(name, cls, pipeline_class, shares.get(name, 1.0)))
     return found
 
 
@@ -185,28 +187,134 @@ def in_order(components: Mapping[str, T], pipeline_class: Any) -> list[tuple[str
     return sorted(components.items(), key=lambda item: (order.index(item[0]) if item[0] in order else 99, item[0]))
 
 
-def calls_of(name: str, cls: Any, pipeline_class: Any) -> int:
+_DENOISER = re.compile(r"(?:^|_)(?:transformer|unet|controlnet)|(?:^|_)prior$")
+"""Names of components that run at every step in every pipeline."""
+
+_TIME = frozenset({"timestep", "timesteps", "timestep_ratio", "timestep_img"})
+"""Parameters of models that are told the time."""
+
+_CLASSIFIER_FREE = re.compile(r"classifier_free_guidance|cfg|guidance_scale")
+"""Conditions of the calls that have no prompt."""
+
+
+def calls_of(name: str, cls: Any, pipeline_class: Any, share: float = 1.0) -> int:
     """How often a request of `pipeline_class` calls its component `name`, a model of class `cls`.
 
-    What is told the time is called at every denoising step; all else once.
+    A denoiser is called at its `share` of the steps, all else once. Which they are is told by the component's name, its
+    class, or the pipeline's loop over the steps: there is no one parameter that all denoisers take.
     """
-    parameters = inspect.signature(cls.forward).parameters
-    if not any(parameter in parameters for parameter in ("timestep", "timesteps")):
-        return 1
     call = getattr(pipeline_class, "__call__", None)  # noqa: B004 - of the class: what its instances are called with
+    step_calls = {} if call is None else _step_calls(call)
+    told_the_time = not _TIME.isdisjoint(inspect.signature(cls.forward).parameters)
+    if not (_DENOISER.search(name) or "UNet" in cls.__name__ or told_the_time or f"self.{name}" in step_calls):
+        return 1
     defaults = {} if call is None else {p.name: p.default for p in inspect.signature(call).parameters.values()}
-    steps = next((d for n, d in defaults.items() if n.endswith("num_inference_steps") and isinstance(d, int)), None)
-    return (steps or _DEFAULT_STEPS) * (2 if _is_guided_apart(name, call, defaults) else 1)
+    steps = max(1, round(_steps(name, defaults) * share))
+    callees = [f"self.{name}", *([_EITHER] if name.startswith("transformer") else [])]
+    return steps * (2 if any(_is_guided_apart(step_calls.get(each, ()), defaults) for each in callees) else 1)
 
 
-def _is_guided_apart(name: str, call: Any, defaults: Mapping[str, Any]) -> bool:
+def _steps(name: str, defaults: Mapping[str, Any]) -> int:
+    """The default number of steps, by the parameter that is the component's own where there is one."""
+    found = {
+        parameter.removesuffix("num_inference_steps"): default
+        for parameter, default in defaults.items()
+        if parameter.endswith("num_inference_steps") and isinstance(default, int)
+    }
+    own = [prefix for prefix in found if f"{name}_".startswith(prefix)]
+    return found[max(own, key=len)] if own else next(iter(found.values()), _DEFAULT_STEPS)
+
+
+def _is_guided_apart(calls: Sequence[Conditions], defaults: Mapping[str, Any]) -> bool:
     """Whether a step calls the denoiser once with the prompt and once without it, rather than with both in a batch."""
-    scale = defaults.get("true_cfg_scale", defaults.get("guidance_scale"))
-    if not isinstance(scale, int | float) or scale <= 1:
-        return False
+    return any(
+        conditions != ()
+        and all(_CLASSIFIER_FREE.search(test) and is_met for test, is_met in conditions)
+        and (*conditions[:-1], (conditions[-1][0], False)) not in calls  # else it is the one call or the other
+        and _is_guided(conditions[-1][0], defaults)
+        for conditions in calls
+    )
+
+
+def _is_guided(test: str, defaults: Mapping[str, Any]) -> bool:
+    """Whether the scale that a condition is about is above one by default. Some pipelines have two."""
+    scales = ("true_cfg_scale", "guidance_scale")
+    scale = next((defaults[s] for s in (scales if "true_cfg" in test else scales[::-1]) if s in defaults), None)
+    return isinstance(scale, int | float) and scale > 1
+
+
+# ---------------------------------------------------------------- what the loop over the steps calls
+
+Conditions = tuple[tuple[str, bool], ...]
+"""The tests of the `if` statements around a call, and whether it is made where they are met."""
+
+_EITHER = "current_model"
+"""What a pipeline calls whichever of its two transformers a step belongs to."""
+
+
+@functools.cache
+def _step_calls(call: Any) -> Mapping[str, Sequence[Conditions]]:
+    """What is called within a pipeline's loop over the steps; empty where that is not in its `__call__` itself."""
+    visitor = _StepCalls()
     try:
-        source = inspect.getsource(call)
-    except OSError:
-        return False
-    called_as = rf"(?:self\.{re.escape(name)}|current_model|self\.transformer)\("
-    return len(re.findall(called_as, source)) > 1
+        visitor.visit(ast.parse(textwrap.dedent(inspect.getsource(call))))
+    except (OSError, SyntaxError, TypeError) as error:  # defined where there is no source
+        logger.info("The steps of %s cannot be read: %s", call, error)
+    return visitor.found
+
+
+class _StepCalls(ast.NodeVisitor):
+    def __init__(self) -> None:
+        self.found: dict[str, list[Conditions]] = {}
+        self._conditions: Conditions = ()
+        self._in_steps = False
+
+    def visit_For(self, node: ast.For) -> None:
+        self._visit_loop(node, node.iter)
+
+    def visit_While(self, node: ast.While) -> None:
+        self._visit_loop(node, node.test)
+
+    def _visit_loop(self, node: ast.For | ast.While, over: ast.expr) -> None:
+        was_in_steps = self._in_steps
+        self._in_steps = was_in_steps or "step" in ast.unparse(over)
+        self.generic_visit(node)
+        self._in_steps = was_in_steps
+
+    def visit_If(self, node: ast.If) -> None:
+        self.visit(node.test)
+        outer, test = self._conditions, ast.unparse(node.test)
+        for branch, is_met in ((node.body, True), (node.orelse, False)):
+            self._conditions = (*outer, (test, is_met)) if self._in_steps else outer
+            for statement in branch:
+                self.visit(statement)
+        self._conditions = outer
+
+    def visit_Call(self, node: ast.Call) -> None:
+        if self._in_steps:
+            self.found.setdefault(ast.unparse(node.func), []).append(self._conditions)
+        self.generic_visit(node)
+
+
+def _shares(folder: str, pipeline_class: Any) -> dict[str, float]:
+    """The shares of two transformers that divide the steps: the first has those before the boundary, the noisy ones."""
+    declared = _read_json(os.path.join(folder, _INDEX))
+    call = getattr(pipeline_class, "__call__", None)  # noqa: B004 - as above
+    second = declared.get("transformer_2")
+    if call is None or _EITHER not in _step_calls(call) or not isinstance(second, list) or None in second:
+        return {}
+    boundary = declared.get("boundary_ratio")
+    if not isinstance(boundary, int | float):
+        return {"transformer": 0.5, "transformer_2": 0.5}
+    scheduler = _read_json(os.path.join(folder, "scheduler", "scheduler_config.json"))
+    shift = scheduler.get("flow_shift") or scheduler.get("shift") or 1.0
+    after = boundary / (shift - boundary * (shift - 1))  # undoes the schedule's shift of the steps to the noisy end
+    return {"transformer": 1 - after, "transformer_2": after}
+
+
+def _read_json(path: str) -> dict[str, Any]:
+    if not os.path.isfile(path):
+        return {}
+    with open(path, encoding="utf-8") as file:
+        content = json.load(file)
+    return content if isinstance(content, dict) else {}

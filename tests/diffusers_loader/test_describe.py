@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
+import diffusers
+import diffusers.pipelines
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -60,6 +64,77 @@ def test_a_denoiser_runs_at_every_step_and_twice_where_guidance_calls_it_apart(n
     assert calls_of(denoiser, type(components[denoiser]), tiny.cls) == calls
     others = [n for n in components if n.startswith(("text_encoder", "vae", "image_encoder")) and components[n]]
     assert {calls_of(other, type(components[other]), tiny.cls) for other in others} == {1}
+
+
+PIPELINES = [
+    cls
+    for cls in (getattr(diffusers.pipelines, name, None) for name in sorted(dir(diffusers.pipelines)))
+    if isinstance(cls, type) and issubclass(cls, diffusers.DiffusionPipeline) and inspect.isfunction(cls.__call__)
+]
+
+
+class Unknown(torch.nn.Module):
+    """A model whose class and parameters say nothing of what it does."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+
+def denoisers_and_controlnets(cls: type) -> tuple[dict[str, int], dict[str, int]]:
+    names = inspect.signature(cls).parameters
+    calls = {name: calls_of(name, Unknown, cls) for name in names if name.startswith(("transformer", "unet"))}
+    return calls, {name: calls_of(name, Unknown, cls) for name in names if name.startswith("controlnet")}
+
+
+@pytest.mark.parametrize("cls", PIPELINES, ids=lambda cls: cls.__name__)
+def test_in_every_pipeline_denoisers_run_at_every_step_and_no_controlnet_more_often(cls: type) -> None:
+    steps = inspect.signature(cls.__call__).parameters.get("num_inference_steps")
+    least = steps.default if steps is not None and isinstance(steps.default, int) else 2
+    denoisers, controlnets = denoisers_and_controlnets(cls)
+    assert all(calls >= least for calls in (*denoisers.values(), *controlnets.values()))
+    assert not denoisers or max(controlnets.values(), default=0) <= max(denoisers.values())
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "component", "model", "calls"),
+    [
+        ("StableCascadePriorPipeline", "prior", "StableCascadeUNet", 20),
+        ("StableCascadeDecoderPipeline", "decoder", "StableCascadeUNet", 10),
+        ("UnCLIPPipeline", "decoder", "UNet2DConditionModel", 25),
+        ("UnCLIPPipeline", "super_res_first", "UNet2DModel", 7),
+        ("KandinskyV22CombinedPipeline", "prior_prior", "PriorTransformer", 25),
+        ("AmusedPipeline", "transformer", "UVit2DModel", 12),
+        ("AmusedPipeline", "vqvae", "VQModel", 1),
+        ("StableDiffusion3ControlNetPipeline", "controlnet", "SD3ControlNetModel", 28),
+        ("FluxControlNetInpaintPipeline", "controlnet", "FluxControlNetModel", 28),
+        ("StableDiffusionAttendAndExcitePipeline", "unet", "UNet2DConditionModel", 50),
+        ("StableDiffusionSAGPipeline", "unet", "UNet2DConditionModel", 50),
+        ("StableDiffusion3Pipeline", "transformer", "SD3Transformer2DModel", 28),
+        ("ChromaPipeline", "transformer", "ChromaTransformer2DModel", 70),
+        ("ChromaInpaintPipeline", "transformer", "ChromaTransformer2DModel", 56),
+        ("QwenImagePipeline", "transformer", "QwenImageTransformer2DModel", 100),
+        ("AceStepPipeline", "transformer", "AceStepTransformer1DModel", 8),
+    ],
+)
+def test_calls_are_those_of_the_loop_over_the_steps(pipeline: str, component: str, model: str, calls: int) -> None:
+    assert calls_of(component, getattr(diffusers, model), getattr(diffusers, pipeline)) == calls
+
+
+@pytest.mark.parametrize(
+    ("boundary", "shift", "calls"),
+    [(None, 1.0, (50, 50)), (0.875, 1.0, (12, 88)), (0.875, 3.0, (30, 70)), (0.5, None, (50, 50))],
+)
+def test_two_transformers_share_the_steps(
+    boundary: float | None, shift: float | None, calls: tuple[int, int], saved: Saved, tmp_path: Path
+) -> None:
+    shutil.copytree(saved("wan_2_2"), tmp_path, dirs_exist_ok=True)
+    for file, change in (
+        ("model_index.json", {"boundary_ratio": boundary}),
+        ("scheduler/scheduler_config.json", {"flow_shift": shift, "shift": shift}),
+    ):
+        (tmp_path / file).write_text(json.dumps(json.loads((tmp_path / file).read_text()) | change))
+    found = {block.name.partition(".")[0]: block.calls for block in describe(tmp_path).spec.blocks}
+    assert (found["transformer"], found["transformer_2"]) == calls
 
 
 def test_the_command_shows_components_calls_and_phases(saved: Saved) -> None:
