@@ -190,6 +190,9 @@ def in_order(components: Mapping[str, T], pipeline_class: Any) -> list[tuple[str
 _DENOISER = re.compile(r"(?:^|_)(?:transformer|unet|controlnet)|(?:^|_)prior$")
 """Names of components that run at every step in every pipeline."""
 
+_DENOISER_CLASS = re.compile(r"UNet|DiffNeXt")
+"""Classes of denoisers, which some pipelines name `decoder`."""
+
 _TIME = frozenset({"timestep", "timesteps", "timestep_ratio", "timestep_img"})
 """Parameters of models that are told the time."""
 
@@ -206,7 +209,8 @@ def calls_of(name: str, cls: Any, pipeline_class: Any, share: float = 1.0) -> in
     call = getattr(pipeline_class, "__call__", None)  # noqa: B004 - of the class: what its instances are called with
     step_calls = {} if call is None else _step_calls(call)
     told_the_time = not _TIME.isdisjoint(inspect.signature(cls.forward).parameters)
-    if not (_DENOISER.search(name) or "UNet" in cls.__name__ or told_the_time or f"self.{name}" in step_calls):
+    by_class = told_the_time or _DENOISER_CLASS.search(cls.__name__) is not None
+    if not (by_class or _DENOISER.search(name) or f"self.{name}" in step_calls):
         return 1
     defaults = {} if call is None else {p.name: p.default for p in inspect.signature(call).parameters.values()}
     steps = max(1, round(_steps(name, defaults) * share))

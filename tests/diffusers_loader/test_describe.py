@@ -120,6 +120,12 @@ def test_calls_are_those_of_the_loop_over_the_steps(pipeline: str, component: st
     assert calls_of(component, getattr(diffusers, model), getattr(diffusers, pipeline)) == calls
 
 
+@pytest.mark.parametrize("pipeline", ["WuerstchenDecoderPipeline", "WuerstchenCombinedPipeline"])
+def test_a_denoiser_that_is_named_a_decoder_is_told_by_its_class(pipeline: str) -> None:
+    model = type("WuerstchenDiffNeXt", (Unknown,), {})
+    assert calls_of("decoder", model, getattr(diffusers, pipeline)) == 12
+
+
 @pytest.mark.parametrize(
     ("boundary", "shift", "calls"),
     [(None, 1.0, (50, 50)), (0.875, 1.0, (12, 88)), (0.875, 3.0, (30, 70)), (0.5, None, (50, 50))],
