@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import contextvars
 import logging
-from collections.abc import Mapping, Sequence
+import weakref
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch import nn
 from .. import flow, hardware, settings
 from ..checkpoint.reader import Reader
 from ..composition import joined, part_of
-from ..dispatch.attach import attachment_of, check_room, incoming, settle
+from ..dispatch.attach import attachment_of, check_room, incoming, resident_plan, settle
 from ..dispatch.machine import Machine
 from ..errors import DeviceMapError
 from ..hardware import torch_device
@@ -42,8 +43,8 @@ _SINGLE_FILE = "diffusers.loaders.single_file"
 _STRATEGY = "balanced"
 """The one strategy that the library lets a pipeline have; it stands for whatever the caller asked for."""
 
-_PLAN = "_hf_bigload_plan"
-"""Where a placed pipeline keeps its plan."""
+_SHARED = "_hf_bigload_shared"
+"""Where a pipeline that was loaded by a plan keeps what it shares, for its copies."""
 
 _NOT_OURS = ("use_flashpack", "quantization_config")
 """Arguments of calls that place the weights in a way of their own."""
@@ -133,7 +134,9 @@ def _remember(pipeline: Any, call: Call) -> None:
     pipeline.hf_device_map = {
         name: next(iter(part.device_map.values()), call.plan.main_device) for name, part in call.parts.items()
     }
-    pipeline.__dict__[_PLAN] = call.plan
+    models = [model for name, model in pipeline.components.items() if name in call.parts]
+    pipeline.__dict__[_SHARED] = shared = Shared(call.plan)
+    shared.include(pipeline, models)
 
 
 def is_accelerate_available(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -235,9 +238,50 @@ def models_of(pipeline: Any) -> list[nn.Module]:
 
 
 def plan_of(pipeline: Any) -> Plan | None:
-    """The plan over all components of a pipeline that was placed by this package and is still; else None."""
-    plan: Plan | None = pipeline.__dict__.get(_PLAN)
-    return plan if plan is not None and pipeline.hf_device_map is not None else None
+    """The plan over the components of a pipeline, whoever made it of them; None where none of them is placed by one."""
+    return next((shared.plan for shared in _shared_by(pipeline)), None)
+
+
+@dataclass(eq=False)
+class Shared:
+    """One plan over several components, which any number of pipelines may be made of."""
+
+    plan: Plan
+    models: weakref.WeakSet[nn.Module] = field(default_factory=weakref.WeakSet)
+    pipelines: weakref.WeakSet[Any] = field(default_factory=weakref.WeakSet)
+    """Those that were given an `hf_device_map`."""
+
+    def include(self, pipeline: Any, models: Iterable[nn.Module] = ()) -> None:
+        self.pipelines.add(pipeline)
+        for model in models:
+            self.models.add(model)
+            _shared[model] = self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Shared:
+        """For the copies of models and pipelines that are being made; the pipeline is copied before what it keeps."""
+        copied = memo[id(self)] = Shared(self.plan)
+        models = [memo[id(model)] for model in self.models if id(model) in memo]
+        for pipeline in [memo[id(each)] for each in self.pipelines if id(each) in memo]:
+            copied.include(pipeline, models)
+        return copied
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _nothing, ()  # a pickled pipeline is unpickled as a plain one
+
+
+def _nothing() -> None:
+    return None
+
+
+_shared: weakref.WeakKeyDictionary[nn.Module, Shared] = weakref.WeakKeyDictionary()
+"""By component: the models themselves carry nothing."""
+
+
+def _shared_by(pipeline: Any) -> list[Shared]:
+    """What the components are part of that are placed still."""
+    models = [model for model in models_of(pipeline) if model in _shared]
+    placed = [m for m in models if attachment_of(m) is not None or resident_plan(m) is not None]
+    return list(dict.fromkeys(_shared[model] for model in placed))
 
 
 def execution_device(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.device:
@@ -268,15 +312,29 @@ def reset_device_map(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs:
 
 
 def _settle(pipeline: Any, device: torch.device) -> None:
-    """All components whole on `device`, or, where they do not fit together, nothing moved."""
-    placed = [model for model in models_of(pipeline) if attachment_of(model) is not None]
-    check_room([tensor for model in placed for tensor in incoming(model, device)], device)
-    for model in placed:
-        settle(model, device)
-    for model in models_of(pipeline):
+    """All components whole on `device`, or, where they do not fit together, nothing moved.
+
+    Those of other pipelines go with them: half of a plan is none.
+    """
+    device = torch_device(hardware.device_name(device))
+    sets = _shared_by(pipeline)
+    pipelines = [pipeline, *(each for shared in sets for each in shared.pipelines)]
+    models = {m: None for each in pipelines for m in models_of(each)}
+    models |= {model: None for shared in sets for model in shared.models}
+    check_room(list({id(tensor): tensor for model in models for tensor in _coming(model, device)}.values()), device)
+    for model in models:
+        if attachment_of(model) is not None:
+            settle(model, device)
         model.to(device)
-    pipeline.hf_device_map = None
-    del pipeline.__dict__[_PLAN]
+        _shared.pop(model, None)
+    for each in pipelines:
+        each.hf_device_map = None
+
+
+def _coming(model: nn.Module, device: torch.device) -> list[torch.Tensor]:
+    if attachment_of(model) is not None:
+        return incoming(model, device)
+    return [tensor for tensor in (*model.parameters(), *model.buffers()) if tensor.device != device]
 
 
 def remove_all_hooks(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -317,9 +375,9 @@ def from_pipe(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[s
     The library casts them, to float32 where no dtype is given: a cast of what is in that dtype already moves nothing.
     """
     pipeline: Any = kwargs["pipeline"] if "pipeline" in kwargs else args[0]
-    plan = plan_of(pipeline)
     new = wrapped(*args, **kwargs)
-    if plan is not None:
+    shared = _shared_by(new)
+    if shared and pipeline.hf_device_map is not None:
         new.hf_device_map = dict(pipeline.hf_device_map)
-        new.__dict__[_PLAN] = plan
+        shared[0].include(new)
     return new

@@ -15,7 +15,7 @@ import hf_bigload
 from hf_bigload.dispatch import attach
 from hf_bigload.dispatch.attach import attachment_of
 from hf_bigload.errors import DeviceMapError, DoesNotFitError
-from hf_bigload.loaders.diffusers_pipelines import models_of
+from hf_bigload.loaders.diffusers_pipelines import models_of, plan_of
 
 from .conftest import Plain, Saved, load
 from .pipelines import run
@@ -130,6 +130,37 @@ def test_from_pipe_shares_components_and_plan(saved: Saved, plain: Plain) -> Non
     assert torch.equal(run(pipeline, "stable_diffusion"), text_to_image)
     other.to("cpu")
     assert is_plain(other)
+
+
+def made_of(pipeline: Any) -> Any:
+    return type(pipeline)(**pipeline.components)
+
+
+@pytest.mark.parametrize("other", [made_of, diffusers.AutoPipelineForImage2Image.from_pipe])
+def test_any_pipeline_made_of_placed_components_is_a_placed_one(other: Any, saved: Saved, plain: Plain) -> None:
+    expected = plain("stable_diffusion")
+    hf_bigload.enable()
+    first = load(saved("stable_diffusion"), "stable_diffusion", device_map=ON_DISK)
+    pipeline = other(first)
+    assert plan_of(pipeline) is plan_of(first) is not None
+    pipeline.remove_all_hooks()
+    with pytest.raises(DeviceMapError, match="reset_device_map"):
+        pipeline.enable_group_offload(onload_device=torch.device("cpu"), offload_type="leaf_level")
+    assert torch.equal(run(first, "stable_diffusion"), expected)
+    pipeline.reset_device_map()
+    assert is_plain(pipeline) and is_plain(first) and plan_of(first) is None
+    assert first.to("cpu") is first
+    assert torch.equal(run(first, "stable_diffusion"), expected)
+
+
+def test_a_copy_is_reset_by_itself(pipeline: Any, expected: torch.Tensor) -> None:
+    copied = copy.deepcopy(pipeline)
+    assert plan_of(copied) is not None
+    made = run(copied, "flux")
+    copied.reset_device_map()
+    assert is_plain(copied) and not is_plain(pipeline)
+    assert torch.equal(run(pipeline, "flux"), expected)
+    assert torch.equal(run(copied, "flux"), made)
 
 
 def test_components_made_before_are_used_as_they_are(saved: Saved, expected: torch.Tensor) -> None:
