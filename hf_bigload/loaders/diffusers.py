@@ -222,7 +222,7 @@ def _plan(
         max_memory=call.options.get("max_memory"),
         offload_folder=call.options.get("offload_folder") or settings.current().offload_folder,
         no_split=no_split_of(model),
-        skip_keys=_skip_keys(model),
+        skip_keys=skip_keys_of(model),
     )
     call.request = request
     call.plan = flow.plan_model(model, request, None, loaded_as(model, call.rule))
@@ -230,7 +230,7 @@ def _plan(
     return dict(call.plan.device_map)
 
 
-def _skip_keys(model: Any) -> tuple[str, ...]:
+def skip_keys_of(model: Any) -> tuple[str, ...]:
     keys = getattr(model, "_skip_keys", None) or ()
     return (keys,) if isinstance(keys, str) else tuple(keys)
 
@@ -292,7 +292,7 @@ def _dispatch(model: Any, **_: Any) -> Any:
     if call is None or call.plan is None:
         raise DeviceMapError("A device_map is followed while hf_bigload is enabled, or with accelerate installed.")
     assert call.request is not None
-    flow.dispatch(model, call.plan, Placed(call.request, call.materializer, _skip_keys(model), settle_in=open_entries))
+    flow.dispatch(model, call.plan, Placed(call.request, call.materializer, skip_keys_of(model), settle_in=open_entries))
     if attachment_of(model) is not None:
         open_entries(model)
     elif not (isinstance(call.device_map, Mapping) or flow.is_strategy(call.device_map)):

@@ -23,16 +23,20 @@ from ..dispatch.attach import attachment_of, check_room, incoming, resident_plan
 from ..dispatch.machine import Machine
 from ..errors import DeviceMapError
 from ..hardware import torch_device
+from ..module_tensors import iter_hooks
+from ..placed import Placed
 from ..registry import Described
 from ..seams import AnySeam, PropertySeam, Seam
 from ..specs import CPU, LoadRequest, ModelSpec, Plan, TensorSpec
 from .calls import default_device_map, no_default_device_map, normal_tensors, turn
+from .diffusers import open_entries, skip_keys_of
 from .diffusers_skeleton import (
     BY_BYTES,
     component_class,
     describe_components,
     describe_pipeline,
     folder_of,
+    no_split_of,
     stored_dtype,
 )
 
@@ -61,6 +65,8 @@ class Call:
     plan: Plan | None = None
     parts: dict[str, Plan] = field(default_factory=dict)
     machine: Machine = field(default_factory=lambda: Machine(Reader(), {}))
+    passed: dict[str, nn.Module] = field(default_factory=dict)
+    """Components that the caller made."""
 
 
 _call: contextvars.ContextVar[Call | None] = contextvars.ContextVar("hf_bigload_pipeline_call", default=None)
@@ -112,6 +118,7 @@ def from_pretrained(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: 
             options[name] = call.dtypes = {"default": None}
     with turn, normal_tensors():
         pipeline = _within(call, wrapped, args, options)
+        _adopt_passed(call)
     _remember(pipeline, call)
     return pipeline
 
@@ -134,7 +141,7 @@ def _remember(pipeline: Any, call: Call) -> None:
     pipeline.hf_device_map = {
         name: next(iter(part.device_map.values()), call.plan.main_device) for name, part in call.parts.items()
     }
-    models = [model for name, model in pipeline.components.items() if name in call.parts]
+    models = [model for name, model in pipeline.components.items() if name in {**call.parts, **call.passed}]
     pipeline.__dict__[_SHARED] = shared = Shared(call.plan)
     shared.include(pipeline, models)
 
@@ -154,7 +161,8 @@ def get_final_device_map(wrapped: Any, instance: Any, args: tuple[Any, ...], kwa
     folder = kwargs["cached_folder"]
     components = _components(call, folder, kwargs["init_dict"], kwargs["passed_class_obj"], kwargs["dtype"])
     specs = describe_components(components, folder, kwargs["pipeline_class"])
-    call.plan = _plan(call, specs, kwargs["passed_class_obj"], kwargs["pipeline_class"].__name__)
+    call.passed = {n: model for n, model in kwargs["passed_class_obj"].items() if isinstance(model, nn.Module)}
+    call.plan = _plan(call, specs, kwargs["pipeline_class"].__name__)
     call.parts = {name: part_of(call.plan, name, hardware.map_value) for name in specs}
     return "auto"
 
@@ -175,10 +183,10 @@ def _components(
     return found
 
 
-def _plan(call: Call, specs: Mapping[str, ModelSpec], passed: Mapping[str, Any], title: str) -> Plan:
+def _plan(call: Call, specs: Mapping[str, ModelSpec], title: str) -> Plan:
     max_memory = call.max_memory if call.max_memory is not None else settings.current().max_memory
     if max_memory is not None:
-        max_memory = _less(max_memory, [model for model in passed.values() if isinstance(model, nn.Module)])
+        max_memory = _less(max_memory, list(call.passed.values()))
     request = LoadRequest(device_map=call.device_map, max_memory=max_memory)
     return flow.plan_spec(joined(specs), request, BY_BYTES, title)
 
@@ -215,6 +223,27 @@ def load_sub_model(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: d
             return wrapped(*args, **{**kwargs, "device_map": main, "max_memory": None})
     with flow.sharing(part, call.machine):
         return wrapped(*args, **{**kwargs, "device_map": "auto", "max_memory": None})
+
+
+def _adopt_passed(call: Call) -> None:
+    """What the caller passed resting in RAM stays there, and runs where the others do, from whom its inputs come."""
+    if call.plan is None or call.plan.main_device == CPU:
+        return
+    for model in filter(_rests_in_ram, call.passed.values()):
+        keys = skip_keys_of(model)
+        request = LoadRequest(
+            device_map={"": CPU}, main_device=call.plan.main_device, no_split=no_split_of(model), skip_keys=keys
+        )
+        plan = flow.plan_model(model, request)
+        with flow.sharing(plan, call.machine):
+            flow.dispatch(model, plan, Placed(request, None, keys, force_hooks=True, settle_in=open_entries))
+        open_entries(model)
+
+
+def _rests_in_ram(model: nn.Module) -> bool:
+    """And is moved by nobody."""
+    hooked = any(next(iter(iter_hooks(module)), None) is not None for module in model.modules())
+    return set(_held(model)) == {CPU} and not hooked and not getattr(model, "is_quantized", False)
 
 
 def refuse_single_file(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -165,6 +165,19 @@ def test_room_is_checked_for_components_that_carry_no_hooks_too(
     assert torch.equal(run(pipeline, "flux"), expected)
 
 
+@pytest.mark.parametrize("passed", ["text_encoder", "vae"])
+def test_a_plain_model_that_was_passed_runs_where_the_others_do(passed: str, saved: Saved, plain: Plain) -> None:
+    name = "stable_diffusion"
+    expected, total = plain(name, DEVICE), weight_bytes(saved(name))
+    model = getattr(load(saved(name), name), passed)
+    pipeline, _ = planned(saved(name), name, {0: total, "cpu": 2 * total}, **{passed: model})
+    assert getattr(pipeline, passed) is model and model.device == torch.device(DEVICE)
+    assert torch.equal(run(pipeline, name), expected)
+    assert {p.device for p in model.parameters()} == {torch.device("cpu")}
+    pipeline.to(DEVICE)
+    assert torch.equal(run(pipeline, name), expected)
+
+
 def test_a_lora_loaded_after_dispatch_runs_where_its_block_does(saved: Saved, tmp_path: Path) -> None:
     write_lora(TINY["flux"].make(), tmp_path)
     reference = load(saved("flux"), "flux").to(DEVICE)
