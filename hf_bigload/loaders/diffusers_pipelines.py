@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextvars
 import logging
+import os
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,7 +22,7 @@ from ..checkpoint.reader import Reader
 from ..composition import joined, part_of
 from ..dispatch.attach import attachment_of, check_room, incoming, resident_plan, settle
 from ..dispatch.machine import Machine
-from ..errors import DeviceMapError
+from ..errors import DeviceMapError, human_bytes
 from ..hardware import torch_device
 from ..module_tensors import iter_hooks
 from ..placed import Placed
@@ -67,6 +68,9 @@ class Call:
     machine: Machine = field(default_factory=lambda: Machine(Reader(), {}))
     passed: dict[str, nn.Module] = field(default_factory=dict)
     """Components that the caller made."""
+    variant: str | None = None
+    unplanned: dict[str, int] = field(default_factory=dict)
+    """Bytes of the files of each component that no plan can place."""
 
 
 _call: contextvars.ContextVar[Call | None] = contextvars.ContextVar("hf_bigload_pipeline_call", default=None)
@@ -111,7 +115,7 @@ def from_pretrained(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: 
     if device_map is None or any(kwargs.get(name) for name in _NOT_OURS):
         with no_default_device_map():
             return _within(None, wrapped, args, kwargs)
-    call = Call(device_map, kwargs.get("max_memory"))
+    call = Call(device_map, kwargs.get("max_memory"), variant=kwargs.get("variant"))
     options = {**kwargs, "device_map": _STRATEGY}
     for name in ("dtype", "torch_dtype"):
         if options.get(name) == "auto":
@@ -162,7 +166,18 @@ def get_final_device_map(wrapped: Any, instance: Any, args: tuple[Any, ...], kwa
     components = _components(call, folder, kwargs["init_dict"], kwargs["passed_class_obj"], kwargs["dtype"])
     specs = describe_components(components, folder, kwargs["pipeline_class"])
     call.passed = {n: model for n, model in kwargs["passed_class_obj"].items() if isinstance(model, nn.Module)}
+    others = [name for name in kwargs["init_dict"] if name not in specs and name not in kwargs["passed_class_obj"]]
+    sizes = {name: _weight_bytes(os.path.join(folder, name), call.variant) for name in others}
+    call.unplanned = {name: size for name, size in sizes.items() if size}
     call.plan = _plan(call, specs, kwargs["pipeline_class"].__name__)
+    for name, size in call.unplanned.items():
+        logger.warning(
+            "The plan does not reach %s (quantised, or of code unknown here): its %s are loaded whole on %s, and were "
+            "taken off the budget of that device.",
+            name,
+            human_bytes(size),
+            call.plan.main_device,
+        )
     call.parts = {name: part_of(call.plan, name, hardware.map_value) for name in specs}
     return "auto"
 
@@ -185,22 +200,44 @@ def _components(
 
 def _plan(call: Call, specs: Mapping[str, ModelSpec], title: str) -> Plan:
     max_memory = call.max_memory if call.max_memory is not None else settings.current().max_memory
+    held: dict[str, int] = {}
     if max_memory is not None:
-        max_memory = _less(max_memory, list(call.passed.values()))
+        held = _held_by(call.passed.values())
+    if call.unplanned:
+        budget = hardware.probe(max_memory)
+        main = next((name for name, size in budget.devices.items() if size), CPU)
+        held[main] = held.get(main, 0) + sum(call.unplanned.values())
+        max_memory = {**budget.devices, CPU: budget.ram} if max_memory is None else max_memory
+    if max_memory is not None:
+        max_memory = _less(max_memory, held)
     request = LoadRequest(device_map=call.device_map, max_memory=max_memory)
     return flow.plan_spec(joined(specs), request, BY_BYTES, title)
 
 
-def _less(max_memory: Mapping[Any, Any], models: Sequence[nn.Module]) -> dict[Any, Any]:
-    """A budget without what the models that the caller made hold already."""
+def _held_by(models: Iterable[nn.Module]) -> dict[str, int]:
+    """What models that the caller made hold of each device's memory already."""
     held: dict[str, int] = {}
     for model in models:
         attachment = attachment_of(model)
         used = _held(model) if attachment is None else attachment.plan.used
         for name, size in used.items():
             held[name] = held.get(name, 0) + size
+    return held
+
+
+def _less(max_memory: Mapping[Any, Any], held: Mapping[str, int]) -> dict[Any, Any]:
+    """A budget without what is taken of it already."""
     sizes = {key: settings.parse_size(value) for key, value in max_memory.items()}
     return {key: max(0, size - held.get(hardware.memory_key(key), 0)) for key, size in sizes.items()}
+
+
+def _weight_bytes(folder: str, variant: str | None) -> int:
+    """Of a component's own files that are loaded; 0 for one without weights."""
+    files = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
+    found = [file for file in files if file.endswith(".safetensors")] or [f for f in files if f.endswith(".bin")]
+    wanted = [file for file in found if variant is not None and f".{variant}" in file]
+    chosen = wanted or [file for file in found if file.count(".") == 1] or found
+    return sum(os.path.getsize(os.path.join(folder, file)) for file in chosen)
 
 
 def _held(model: nn.Module) -> dict[str, int]:

@@ -18,6 +18,7 @@ from hf_bigload.composition import part_of
 from hf_bigload.dispatch import attach
 from hf_bigload.dispatch.attach import attachment_of
 from hf_bigload.errors import DoesNotFitError
+from hf_bigload.loaders import diffusers_skeleton
 from hf_bigload.loaders.diffusers_pipelines import models_of, plan_of
 from hf_bigload.specs import Placement, Plan
 from tests import simdev
@@ -176,6 +177,24 @@ def test_a_plain_model_that_was_passed_runs_where_the_others_do(passed: str, sav
     assert {p.device for p in model.parameters()} == {torch.device("cpu")}
     pipeline.to(DEVICE)
     assert torch.equal(run(pipeline, name), expected)
+
+
+def test_what_no_plan_reaches_is_named_and_taken_off_the_budget(
+    saved: Saved, plain: Plain, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    expected, total = plain("flux", DEVICE), weight_bytes(saved("flux"))
+    describe = diffusers_skeleton.describe_component
+    monkeypatch.setattr(
+        diffusers_skeleton,
+        "describe_component",
+        lambda cls, *rest: None if cls is diffusers.AutoencoderKL else describe(cls, *rest),
+    )
+    budget = total * 8 // 10
+    pipeline, plan = planned(saved("flux"), "flux", {0: budget, "cpu": total})
+    vae = sum(p.nbytes for p in pipeline.vae.parameters())
+    assert plan.used[DEVICE] + vae <= budget < plan.used[DEVICE] + vae + total // 2
+    assert "vae" in caplog.text and DEVICE in caplog.text
+    assert torch.equal(run(pipeline, "flux"), expected)
 
 
 def test_a_lora_loaded_after_dispatch_runs_where_its_block_does(saved: Saved, tmp_path: Path) -> None:
