@@ -29,7 +29,7 @@ from ..module_tensors import iter_hooks
 from ..placed import Placed
 from ..seams import AnySeam, PropertySeam, Provided, Seam
 from ..specs import FileStamp, LoadRequest, Plan
-from .calls import default_device_map, device, is_only_meta, normal_tensors, turn
+from .calls import default_device_map_for, device, is_only_meta, normal_tensors, turn
 from .diffusers_skeleton import no_split_of
 from .diffusers_weights import DtypeRule, Loaded, State, load_weights, loaded_as
 
@@ -146,7 +146,7 @@ class GroupOffloadingLoader:
 def from_pretrained(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     device_map = kwargs.get("device_map")
     if device_map is None:
-        device_map = default_device_map()
+        device_map = default_device_map_for(kwargs)
         kwargs = kwargs if device_map is None else {**kwargs, "device_map": device_map}
     if device_map is None or is_only_meta(device_map) or any(kwargs.get(name) for name in _NOT_OURS):
         return _unclaimed(wrapped, args, kwargs)
@@ -329,7 +329,7 @@ def _within(hook: AlignDevicesHook, model: nn.Module, method: Any, *args: Any, *
 
 def from_single_file(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     given = kwargs.get("device_map")
-    device_map = default_device_map() if given is None else given
+    device_map = default_device_map_for(kwargs) if given is None else given
     if device_map is None or is_only_meta(device_map) or any(kwargs.get(name) for name in _NOT_OURS):
         return _unclaimed(wrapped, args, kwargs)
     with _claimed(kwargs, device_map):

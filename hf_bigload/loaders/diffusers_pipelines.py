@@ -6,6 +6,7 @@ them one by one, each through its own loader, which gets its part of that plan.
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
 import logging
 import os
@@ -29,7 +30,7 @@ from ..placed import Placed
 from ..registry import Described
 from ..seams import AnySeam, PropertySeam, Seam
 from ..specs import CPU, LoadRequest, ModelSpec, Plan, TensorSpec
-from .calls import default_device_map, no_default_device_map, normal_tensors, turn
+from .calls import default_device_map_for, no_default_device_map, normal_tensors, turn
 from .diffusers import open_entries, skip_keys_of
 from .diffusers_skeleton import (
     BY_BYTES,
@@ -68,6 +69,10 @@ class Call:
     machine: Machine = field(default_factory=lambda: Machine(Reader(), {}))
     passed: dict[str, nn.Module] = field(default_factory=dict)
     """Components that the caller made."""
+    is_default: bool = False
+    """The caller gave no device map."""
+    held: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
+    """Given back when the call ends."""
     variant: str | None = None
     unplanned: dict[str, int] = field(default_factory=dict)
     """Bytes of the files of each component that no plan can place."""
@@ -88,6 +93,7 @@ class PipelinesLoader:
         return [
             Seam(_PIPELINES, f"{pipeline}.from_pretrained", ("pretrained_model_name_or_path",), from_pretrained),
             Seam(_PIPELINES, "is_accelerate_available", (), is_accelerate_available),
+            Seam(_PIPELINES, "_get_pipeline_class", (), get_pipeline_class),
             Seam(_PIPELINES, "_get_final_device_map", ("device_map", "pipeline_class"), get_final_device_map),
             Seam(_PIPELINES, "load_sub_model", ("name", "device_map", "max_memory"), load_sub_model),
             PropertySeam(_PIPELINES, f"{pipeline}._execution_device", execution_device),
@@ -109,22 +115,41 @@ class PipelinesLoader:
 # ---------------------------------------------------------------- the call
 
 
+class _Unsupported(Exception):
+    """The library lets this pipeline have no device map."""
+
+
 def from_pretrained(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     given = kwargs.get("device_map")
-    device_map = default_device_map() if given is None else given
+    device_map = default_device_map_for(kwargs) if given is None else given
     if device_map is None or any(kwargs.get(name) for name in _NOT_OURS):
-        with no_default_device_map():
-            return _within(None, wrapped, args, kwargs)
-    call = Call(device_map, kwargs.get("max_memory"), variant=kwargs.get("variant"))
+        return _unplanned(wrapped, args, kwargs)
+    call = Call(device_map, kwargs.get("max_memory"), is_default=given is None, variant=kwargs.get("variant"))
     options = {**kwargs, "device_map": _STRATEGY}
     for name in ("dtype", "torch_dtype"):
         if options.get(name) == "auto":
             options[name] = call.dtypes = {"default": None}
-    with turn, normal_tensors():
-        pipeline = _within(call, wrapped, args, options)
-        _adopt_passed(call)
+    try:
+        with call.held, normal_tensors():
+            pipeline = _within(call, wrapped, args, options)
+            _adopt_passed(call)
+    except _Unsupported:
+        return _unplanned(wrapped, args, kwargs)
     _remember(pipeline, call)
     return pipeline
+
+
+def _unplanned(wrapped: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    with no_default_device_map():
+        return _within(None, wrapped, args, kwargs)
+
+
+def get_pipeline_class(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A pipeline that loads others has no map of its own, and gets no default one: nothing is loaded by now."""
+    call, cls = _call.get(), wrapped(*args, **kwargs)
+    if call is not None and call.is_default and getattr(cls, "_load_connected_pipes", False):
+        raise _Unsupported
+    return cls
 
 
 def _within(call: Call | None, wrapped: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -162,6 +187,7 @@ def get_final_device_map(wrapped: Any, instance: Any, args: tuple[Any, ...], kwa
     call = _call.get()
     if call is None:
         return wrapped(*args, **kwargs)
+    call.held.enter_context(turn)  # not before: a download takes its time, and holds no memory
     folder = kwargs["cached_folder"]
     components = _components(call, folder, kwargs["init_dict"], kwargs["passed_class_obj"], kwargs["dtype"])
     specs = describe_components(components, folder, kwargs["pipeline_class"])

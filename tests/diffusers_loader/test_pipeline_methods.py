@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import hf_bigload
 from hf_bigload.dispatch import attach
 from hf_bigload.dispatch.attach import attachment_of
 from hf_bigload.errors import DeviceMapError, DoesNotFitError
+from hf_bigload.loaders.calls import turn
 from hf_bigload.loaders.diffusers_pipelines import models_of, plan_of
 
 from .conftest import Plain, Saved, load
@@ -194,6 +196,43 @@ def test_a_copy_makes_what_a_copy_of_a_plain_pipeline_makes(pipeline: Any, saved
 def test_a_placed_pipeline_goes_on_working_when_the_plugin_goes_off(pipeline: Any, expected: torch.Tensor) -> None:
     hf_bigload.disable()
     assert torch.equal(run(pipeline, "flux"), expected)
+
+
+@pytest.mark.parametrize("cls", [diffusers.FluxPipeline, diffusers.AutoencoderKL])
+def test_a_default_map_is_ignored_where_the_library_can_follow_none(cls: Any, saved: Saved) -> None:
+    options = {} if cls is diffusers.FluxPipeline else {"subfolder": "vae"}
+    hf_bigload.enable(device_map=ON_DISK)
+    loaded = cls.from_pretrained(saved("flux"), low_cpu_mem_usage=False, **options)
+    models = models_of(loaded) if cls is diffusers.FluxPipeline else [loaded]
+    assert not any(attachment_of(model) for model in models)
+    with pytest.raises(ValueError, match="low_cpu_mem_usage"):
+        cls.from_pretrained(saved("flux"), low_cpu_mem_usage=False, device_map=ON_DISK, **options)
+
+
+def test_a_pipeline_that_loads_others_gets_no_default_map(
+    saved: Saved, expected: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(diffusers.FluxPipeline, "_load_connected_pipes", True)
+    hf_bigload.enable(device_map=ON_DISK)
+    pipeline = load(saved("flux"), "flux")
+    assert is_plain(pipeline)
+    assert torch.equal(run(pipeline, "flux"), expected)
+    with pytest.raises(NotImplementedError, match="connected"):
+        load(saved("flux"), "flux", device_map=ON_DISK)
+
+
+def test_others_may_load_while_one_downloads(saved: Saved, monkeypatch: pytest.MonkeyPatch) -> None:
+    free, load_config = [], diffusers.FluxPipeline.load_config
+
+    def downloads(folder: Path, *args: Any, **kwargs: Any) -> Any:
+        with ThreadPoolExecutor(1) as other:
+            free.append(other.submit(lambda: turn.acquire(blocking=False) and not turn.release()).result())
+        return load_config(folder, *args, **kwargs)
+
+    monkeypatch.setattr(diffusers.FluxPipeline, "load_config", downloads)
+    hf_bigload.enable()
+    load(saved("flux"), "flux", device_map=ON_DISK)
+    assert free and all(free)
 
 
 def test_true_guidance(pipeline: Any, saved: Saved) -> None:
