@@ -292,7 +292,9 @@ def _dispatch(model: Any, **_: Any) -> Any:
     if call is None or call.plan is None:
         raise DeviceMapError("A device_map is followed while hf_bigload is enabled, or with accelerate installed.")
     assert call.request is not None
-    flow.dispatch(model, call.plan, Placed(call.request, call.materializer, skip_keys_of(model), settle_in=open_entries))
+    flow.dispatch(
+        model, call.plan, Placed(call.request, call.materializer, skip_keys_of(model), settle_in=open_entries)
+    )
     if attachment_of(model) is not None:
         open_entries(model)
     elif not (isinstance(call.device_map, Mapping) or flow.is_strategy(call.device_map)):

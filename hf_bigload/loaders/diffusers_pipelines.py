@@ -196,16 +196,20 @@ def get_final_device_map(wrapped: Any, instance: Any, args: tuple[Any, ...], kwa
     sizes = {name: _weight_bytes(os.path.join(folder, name), call.variant) for name in others}
     call.unplanned = {name: size for name, size in sizes.items() if size}
     call.plan = _plan(call, specs, kwargs["pipeline_class"].__name__)
-    for name, size in call.unplanned.items():
+    _warn_unplanned(call.unplanned, call.plan.main_device)
+    call.parts = {name: part_of(call.plan, name, hardware.map_value) for name in specs}
+    return "auto"
+
+
+def _warn_unplanned(unplanned: Mapping[str, int], device: str) -> None:
+    for name, size in unplanned.items():
         logger.warning(
             "The plan does not reach %s (quantised, or of code unknown here): its %s are loaded whole on %s, and were "
             "taken off the budget of that device.",
             name,
             human_bytes(size),
-            call.plan.main_device,
+            device,
         )
-    call.parts = {name: part_of(call.plan, name, hardware.map_value) for name in specs}
-    return "auto"
 
 
 def _components(
@@ -225,19 +229,36 @@ def _components(
 
 
 def _plan(call: Call, specs: Mapping[str, ModelSpec], title: str) -> Plan:
-    max_memory = call.max_memory if call.max_memory is not None else settings.current().max_memory
-    held: dict[str, int] = {}
-    if max_memory is not None:
-        held = _held_by(call.passed.values())
+    request = LoadRequest(device_map=call.device_map, max_memory=_budget(call))
+    spec = joined(specs)
+    if isinstance(call.device_map, Mapping):
+        _warn_unknown(spec, call.device_map)
+    return flow.plan_spec(spec, request, BY_BYTES, title)
+
+
+def _budget(call: Call) -> dict[Any, Any] | None:
+    """What may be planned with: without what is held already where that was given, and without what no plan reaches.
+
+    What is free does not count what models that were made before hold.
+    """
+    given = call.max_memory if call.max_memory is not None else settings.current().max_memory
+    held = {} if given is None else _held_by(call.passed.values())
     if call.unplanned:
-        budget = hardware.probe(max_memory)
-        main = next((name for name, size in budget.devices.items() if size), CPU)
+        free = hardware.probe(given)
+        main = next((name for name, size in free.devices.items() if size), CPU)
         held[main] = held.get(main, 0) + sum(call.unplanned.values())
-        max_memory = {**budget.devices, CPU: budget.ram} if max_memory is None else max_memory
-    if max_memory is not None:
-        max_memory = _less(max_memory, held)
-    request = LoadRequest(device_map=call.device_map, max_memory=max_memory)
-    return flow.plan_spec(joined(specs), request, BY_BYTES, title)
+        given = {**dict(free.devices), CPU: free.ram} if given is None else given
+    return None if given is None else _less(given, held)
+
+
+def _warn_unknown(spec: ModelSpec, device_map: Mapping[str, Any]) -> None:
+    paths = [name for block in spec.blocks for name in (block.name, *(t.name for t in block.tensors))] + [*spec.ties]
+    known = {".".join(path.split(".")[:depth]) for path in paths for depth in range(path.count(".") + 2)}
+    unknown = [name for name in device_map if name not in known]
+    if unknown:
+        logger.warning(
+            "The device_map names what has no weights that the pipeline's plan could place: %s", ", ".join(unknown)
+        )
 
 
 def _held_by(models: Iterable[nn.Module]) -> dict[str, int]:

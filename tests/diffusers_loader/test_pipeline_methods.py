@@ -15,7 +15,7 @@ from peft import LoraConfig
 import hf_bigload
 from hf_bigload.dispatch import attach
 from hf_bigload.dispatch.attach import attachment_of
-from hf_bigload.errors import DeviceMapError, DoesNotFitError
+from hf_bigload.errors import BudgetError, DeviceMapError, DoesNotFitError
 from hf_bigload.loaders.calls import turn
 from hf_bigload.loaders.diffusers_pipelines import models_of, plan_of
 
@@ -233,6 +233,28 @@ def test_others_may_load_while_one_downloads(saved: Saved, monkeypatch: pytest.M
     hf_bigload.enable()
     load(saved("flux"), "flux", device_map=ON_DISK)
     assert free and all(free)
+
+
+def test_a_component_is_replanned_by_a_budget_of_its_own_only(pipeline: Any, expected: torch.Tensor) -> None:
+    with pytest.raises(BudgetError, match="load the pipeline again"):
+        hf_bigload.inspect(pipeline.transformer).replan()
+    assert torch.equal(run(pipeline, "flux"), expected)
+    replanned = hf_bigload.inspect(pipeline.transformer).replan(max_memory={"cpu": "1GB"})
+    assert {p.home for p in replanned.plan.placements} == {"cpu"}
+    assert torch.equal(run(pipeline, "flux"), expected)
+    with pytest.raises(BudgetError, match="load the pipeline again"):
+        replanned.replan()
+
+
+def test_names_in_a_map_that_the_pipeline_does_not_have_are_told(
+    saved: Saved, caplog: pytest.LogCaptureFixture
+) -> None:
+    hf_bigload.enable()
+    known = {"": "cpu", "vae": "disk", "transformer.single_transformer_blocks.0": "disk"}
+    load(saved("flux"), "flux", device_map=known)
+    assert "device_map names" not in caplog.text
+    load(saved("flux"), "flux", device_map={**known, "unet": "disk", "vae.encodre": "disk"})
+    assert "unet, vae.encodre" in caplog.text
 
 
 def test_true_guidance(pipeline: Any, saved: Saved) -> None:
