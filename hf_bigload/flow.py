@@ -239,8 +239,9 @@ def dispatch(model: ModelT, plan: Plan, placed: Placed, stats: Stats | None = No
     reader = materializer.reader if materializer is not None else Reader()
     share = _share_of(plan)
     machine = Machine(reader, {}) if share is None else share.machine.beside(reader)
-    if share is not None and plan.main_device not in plan.devices:  # it runs apart from the others
-        placed = replace(placed, force_hooks=True)
+    if share is not None:
+        apart = plan.main_device not in plan.devices  # it runs elsewhere than the others
+        placed = replace(placed, shared=True, force_hooks=placed.force_hooks or apart)
     moves = any(name not in (CPU, DISK) for name in plan.devices)
     executor = Executor(machine, plan.offload_buffers, watching=moves and _several_places(plan))
     executor.machine.stats = stats or executor.machine.stats
@@ -260,7 +261,7 @@ def dispatch(model: ModelT, plan: Plan, placed: Placed, stats: Stats | None = No
 def _rescue(plan: Plan, placed: Placed) -> Rescue | None:
     """What to do where an accelerator runs out of memory; nothing where the user decided what is where."""
     devices = sorted({p.device for p in plan.placements} - {CPU})
-    if _share_of(plan) is not None:
+    if placed.shared:
         return None  # a plan for this model alone would take what the others have
     if not devices or placed.request.device_map != "auto" or not placed.demotes:
         return None
@@ -452,7 +453,8 @@ class Inspection:
         on an accelerator, and so has a wrapper that knows, waits until the blocks are there.
 
         Args:
-            max_memory: budgets as for a load. None: those of the load; if it had none, what is free now.
+            max_memory: budgets as for a load. None: those of the load; if it had none, what is free now. A component of
+                a pipeline has to be given its own.
             device_map: a strategy or a map. None: the strategy of the load, or "auto" if that was given a map.
 
         Returns the model as it then is. Raises as `flow.replan` does; the model is usable in any case.

@@ -12,6 +12,7 @@ from torch import nn
 
 from . import settings
 from .dispatch.rescue import Rememberer
+from .errors import BudgetError
 from .materialize import Materializer
 from .planner import STRATEGIES
 from .specs import LoadRequest
@@ -28,13 +29,25 @@ class Placed:
     force_hooks: bool = False
     settle_in: Callable[[nn.Module], None] | None = None
     """What a loader does with a model that was dispatched."""
+    shared: bool = False
+    """The plan was a part of one over several models, which share one budget."""
     remember: Rememberer = lambda _given: None
     """Knows how to set back what a forward is given (caches); see `dispatch.rescue`."""
     demotes: bool = field(default_factory=lambda: settings.current().demote_on_oom)
     """Whether weights make room where an accelerator runs out of memory: by the settings in force at the load."""
 
     def asked(self, max_memory: Any, device_map: Any) -> LoadRequest:
-        """The request that a new plan answers: what is not given stays, except for a map of the old places."""
+        """The request that a new plan answers: what is not given stays, except for a map of the old places.
+
+        Raises:
+            BudgetError: the budget is one that the model shares with others, and `max_memory` is None.
+        """
+        if self.shared and max_memory is None:
+            raise BudgetError(
+                "The model is a component of a pipeline, whose components share one budget: a plan for it alone would "
+                "take what the others have. Give it a budget of its own (`replan(max_memory=...)`), or load the "
+                "pipeline again with another max_memory."
+            )
         if device_map is None:
             kept = self.request.device_map
             device_map = kept if isinstance(kept, str) and kept in STRATEGIES else "auto"

@@ -26,6 +26,11 @@ def default_device_map() -> Any:
     return None if _without_default.get() else settings.current().device_map
 
 
+def default_device_map_for(options: Mapping[str, Any]) -> Any:
+    """As `default_device_map`; None where Diffusers' `options` of the call leave no device map a place."""
+    return None if options.get("low_cpu_mem_usage") is False else default_device_map()
+
+
 @contextlib.contextmanager
 def no_default_device_map() -> Iterator[None]:
     """Within the context, only calls that give a device map are ours: these are parts of something that is planned

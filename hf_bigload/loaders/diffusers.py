@@ -31,7 +31,7 @@ from ..module_tensors import iter_hooks
 from ..placed import Placed
 from ..seams import AnySeam, PropertySeam, Provided, Seam
 from ..specs import FileStamp, LoadRequest, Plan
-from .calls import default_device_map, device, is_only_meta, normal_tensors, turn
+from .calls import default_device_map_for, device, is_only_meta, normal_tensors, turn
 from .diffusers_skeleton import no_split_of
 from .diffusers_weights import DtypeRule, Loaded, State, load_weights, loaded_as
 
@@ -149,7 +149,7 @@ class GroupOffloadingLoader:
 def from_pretrained(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     device_map = kwargs.get("device_map")
     if device_map is None:
-        device_map = default_device_map()
+        device_map = default_device_map_for(kwargs)
         kwargs = kwargs if device_map is None else {**kwargs, "device_map": device_map}
     if device_map is None or is_only_meta(device_map) or any(kwargs.get(name) for name in _NOT_OURS):
         return _unclaimed(wrapped, args, kwargs)
@@ -236,7 +236,7 @@ def _plan(
         max_memory=call.options.get("max_memory"),
         offload_folder=call.options.get("offload_folder") or settings.current().offload_folder,
         no_split=no_split_of(model),
-        skip_keys=_skip_keys(model),
+        skip_keys=skip_keys_of(model),
     )
     call.request = request
     call.plan = flow.plan_model(model, request, None, loaded_as(model, call.rule))
@@ -244,7 +244,7 @@ def _plan(
     return dict(call.plan.device_map)
 
 
-def _skip_keys(model: Any) -> tuple[str, ...]:
+def skip_keys_of(model: Any) -> tuple[str, ...]:
     keys = getattr(model, "_skip_keys", None) or ()
     return (keys,) if isinstance(keys, str) else tuple(keys)
 
@@ -306,7 +306,9 @@ def _dispatch(model: Any, **_: Any) -> Any:
     if call is None or call.plan is None:
         raise DeviceMapError("A device_map is followed while hf_bigload is enabled, or with accelerate installed.")
     assert call.request is not None
-    flow.dispatch(model, call.plan, Placed(call.request, call.materializer, _skip_keys(model), settle_in=open_entries))
+    flow.dispatch(
+        model, call.plan, Placed(call.request, call.materializer, skip_keys_of(model), settle_in=open_entries)
+    )
     if attachment_of(model) is not None:
         open_entries(model)
     elif not (isinstance(call.device_map, Mapping) or flow.is_strategy(call.device_map)):
@@ -343,7 +345,7 @@ def _within(hook: AlignDevicesHook, model: nn.Module, method: Any, *args: Any, *
 
 def from_single_file(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     given = kwargs.get("device_map")
-    device_map = default_device_map() if given is None else given
+    device_map = default_device_map_for(kwargs) if given is None else given
     if device_map is None or is_only_meta(device_map) or any(kwargs.get(name) for name in _NOT_OURS):
         return _unclaimed(wrapped, args, kwargs)
     with _claimed(kwargs, device_map):

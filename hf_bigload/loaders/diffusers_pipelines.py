@@ -6,9 +6,12 @@ them one by one, each through its own loader, which gets its part of that plan.
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
 import logging
-from collections.abc import Mapping, Sequence
+import os
+import weakref
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,20 +21,24 @@ from torch import nn
 from .. import flow, hardware, settings
 from ..checkpoint.reader import Reader
 from ..composition import joined, part_of
-from ..dispatch.attach import attachment_of, check_room, incoming, settle
+from ..dispatch.attach import attachment_of, check_room, incoming, resident_plan, settle
 from ..dispatch.machine import Machine
-from ..errors import DeviceMapError
+from ..errors import DeviceMapError, human_bytes
 from ..hardware import torch_device
+from ..module_tensors import iter_hooks
+from ..placed import Placed
 from ..registry import Described
 from ..seams import AnySeam, PropertySeam, Seam
 from ..specs import CPU, LoadRequest, ModelSpec, Plan, TensorSpec
-from .calls import default_device_map, no_default_device_map, normal_tensors, turn
+from .calls import default_device_map_for, no_default_device_map, normal_tensors, turn
+from .diffusers import open_entries, skip_keys_of
 from .diffusers_skeleton import (
     BY_BYTES,
     component_class,
     describe_components,
     describe_pipeline,
     folder_of,
+    no_split_of,
     stored_dtype,
 )
 
@@ -42,8 +49,8 @@ _SINGLE_FILE = "diffusers.loaders.single_file"
 _STRATEGY = "balanced"
 """The one strategy that the library lets a pipeline have; it stands for whatever the caller asked for."""
 
-_PLAN = "_hf_bigload_plan"
-"""Where a placed pipeline keeps its plan."""
+_SHARED = "_hf_bigload_shared"
+"""Where a pipeline that was loaded by a plan keeps what it shares, for its copies."""
 
 _NOT_OURS = ("use_flashpack", "quantization_config")
 """Arguments of calls that place the weights in a way of their own."""
@@ -60,6 +67,15 @@ class Call:
     plan: Plan | None = None
     parts: dict[str, Plan] = field(default_factory=dict)
     machine: Machine = field(default_factory=lambda: Machine(Reader(), {}))
+    passed: dict[str, nn.Module] = field(default_factory=dict)
+    """Components that the caller made."""
+    is_default: bool = False
+    """The caller gave no device map."""
+    held: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
+    """Given back when the call ends."""
+    variant: str | None = None
+    unplanned: dict[str, int] = field(default_factory=dict)
+    """Bytes of the files of each component that no plan can place."""
 
 
 _call: contextvars.ContextVar[Call | None] = contextvars.ContextVar("hf_bigload_pipeline_call", default=None)
@@ -77,6 +93,7 @@ class PipelinesLoader:
         return [
             Seam(_PIPELINES, f"{pipeline}.from_pretrained", ("pretrained_model_name_or_path",), from_pretrained),
             Seam(_PIPELINES, "is_accelerate_available", (), is_accelerate_available),
+            Seam(_PIPELINES, "_get_pipeline_class", (), get_pipeline_class),
             Seam(_PIPELINES, "_get_final_device_map", ("device_map", "pipeline_class"), get_final_device_map),
             Seam(_PIPELINES, "load_sub_model", ("name", "device_map", "max_memory"), load_sub_model),
             PropertySeam(_PIPELINES, f"{pipeline}._execution_device", execution_device),
@@ -98,21 +115,41 @@ class PipelinesLoader:
 # ---------------------------------------------------------------- the call
 
 
+class _Unsupported(Exception):
+    """The library lets this pipeline have no device map."""
+
+
 def from_pretrained(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     given = kwargs.get("device_map")
-    device_map = default_device_map() if given is None else given
+    device_map = default_device_map_for(kwargs) if given is None else given
     if device_map is None or any(kwargs.get(name) for name in _NOT_OURS):
-        with no_default_device_map():
-            return _within(None, wrapped, args, kwargs)
-    call = Call(device_map, kwargs.get("max_memory"))
+        return _unplanned(wrapped, args, kwargs)
+    call = Call(device_map, kwargs.get("max_memory"), is_default=given is None, variant=kwargs.get("variant"))
     options = {**kwargs, "device_map": _STRATEGY}
     for name in ("dtype", "torch_dtype"):
         if options.get(name) == "auto":
             options[name] = call.dtypes = {"default": None}
-    with turn, normal_tensors():
-        pipeline = _within(call, wrapped, args, options)
+    try:
+        with call.held, normal_tensors():
+            pipeline = _within(call, wrapped, args, options)
+            _adopt_passed(call)
+    except _Unsupported:
+        return _unplanned(wrapped, args, kwargs)
     _remember(pipeline, call)
     return pipeline
+
+
+def _unplanned(wrapped: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    with no_default_device_map():
+        return _within(None, wrapped, args, kwargs)
+
+
+def get_pipeline_class(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A pipeline that loads others has no map of its own, and gets no default one: nothing is loaded by now."""
+    call, cls = _call.get(), wrapped(*args, **kwargs)
+    if call is not None and call.is_default and getattr(cls, "_load_connected_pipes", False):
+        raise _Unsupported
+    return cls
 
 
 def _within(call: Call | None, wrapped: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -133,7 +170,9 @@ def _remember(pipeline: Any, call: Call) -> None:
     pipeline.hf_device_map = {
         name: next(iter(part.device_map.values()), call.plan.main_device) for name, part in call.parts.items()
     }
-    pipeline.__dict__[_PLAN] = call.plan
+    models = [model for name, model in pipeline.components.items() if name in {**call.parts, **call.passed}]
+    pipeline.__dict__[_SHARED] = shared = Shared(call.plan)
+    shared.include(pipeline, models)
 
 
 def is_accelerate_available(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -148,12 +187,29 @@ def get_final_device_map(wrapped: Any, instance: Any, args: tuple[Any, ...], kwa
     call = _call.get()
     if call is None:
         return wrapped(*args, **kwargs)
+    call.held.enter_context(turn)  # not before: a download takes its time, and holds no memory
     folder = kwargs["cached_folder"]
     components = _components(call, folder, kwargs["init_dict"], kwargs["passed_class_obj"], kwargs["dtype"])
     specs = describe_components(components, folder, kwargs["pipeline_class"])
-    call.plan = _plan(call, specs, kwargs["passed_class_obj"], kwargs["pipeline_class"].__name__)
+    call.passed = {n: model for n, model in kwargs["passed_class_obj"].items() if isinstance(model, nn.Module)}
+    others = [name for name in kwargs["init_dict"] if name not in specs and name not in kwargs["passed_class_obj"]]
+    sizes = {name: _weight_bytes(os.path.join(folder, name), call.variant) for name in others}
+    call.unplanned = {name: size for name, size in sizes.items() if size}
+    call.plan = _plan(call, specs, kwargs["pipeline_class"].__name__)
+    _warn_unplanned(call.unplanned, call.plan.main_device)
     call.parts = {name: part_of(call.plan, name, hardware.map_value) for name in specs}
     return "auto"
+
+
+def _warn_unplanned(unplanned: Mapping[str, int], device: str) -> None:
+    for name, size in unplanned.items():
+        logger.warning(
+            "The plan does not reach %s (quantised, or of code unknown here): its %s are loaded whole on %s, and were "
+            "taken off the budget of that device.",
+            name,
+            human_bytes(size),
+            device,
+        )
 
 
 def _components(
@@ -172,24 +228,63 @@ def _components(
     return found
 
 
-def _plan(call: Call, specs: Mapping[str, ModelSpec], passed: Mapping[str, Any], title: str) -> Plan:
-    max_memory = call.max_memory if call.max_memory is not None else settings.current().max_memory
-    if max_memory is not None:
-        max_memory = _less(max_memory, [model for model in passed.values() if isinstance(model, nn.Module)])
-    request = LoadRequest(device_map=call.device_map, max_memory=max_memory)
-    return flow.plan_spec(joined(specs), request, BY_BYTES, title)
+def _plan(call: Call, specs: Mapping[str, ModelSpec], title: str) -> Plan:
+    request = LoadRequest(device_map=call.device_map, max_memory=_budget(call))
+    spec = joined(specs)
+    if isinstance(call.device_map, Mapping):
+        _warn_unknown(spec, call.device_map)
+    return flow.plan_spec(spec, request, BY_BYTES, title)
 
 
-def _less(max_memory: Mapping[Any, Any], models: Sequence[nn.Module]) -> dict[Any, Any]:
-    """A budget without what the models that the caller made hold already."""
+def _budget(call: Call) -> dict[Any, Any] | None:
+    """What may be planned with: without what is held already where that was given, and without what no plan reaches.
+
+    What is free does not count what models that were made before hold.
+    """
+    given = call.max_memory if call.max_memory is not None else settings.current().max_memory
+    held = {} if given is None else _held_by(call.passed.values())
+    if call.unplanned:
+        free = hardware.probe(given)
+        main = next((name for name, size in free.devices.items() if size), CPU)
+        held[main] = held.get(main, 0) + sum(call.unplanned.values())
+        given = {**dict(free.devices), CPU: free.ram} if given is None else given
+    return None if given is None else _less(given, held)
+
+
+def _warn_unknown(spec: ModelSpec, device_map: Mapping[str, Any]) -> None:
+    paths = [name for block in spec.blocks for name in (block.name, *(t.name for t in block.tensors))] + [*spec.ties]
+    known = {".".join(path.split(".")[:depth]) for path in paths for depth in range(path.count(".") + 2)}
+    unknown = [name for name in device_map if name not in known]
+    if unknown:
+        logger.warning(
+            "The device_map names what has no weights that the pipeline's plan could place: %s", ", ".join(unknown)
+        )
+
+
+def _held_by(models: Iterable[nn.Module]) -> dict[str, int]:
+    """What models that the caller made hold of each device's memory already."""
     held: dict[str, int] = {}
     for model in models:
         attachment = attachment_of(model)
         used = _held(model) if attachment is None else attachment.plan.used
         for name, size in used.items():
             held[name] = held.get(name, 0) + size
+    return held
+
+
+def _less(max_memory: Mapping[Any, Any], held: Mapping[str, int]) -> dict[Any, Any]:
+    """A budget without what is taken of it already."""
     sizes = {key: settings.parse_size(value) for key, value in max_memory.items()}
     return {key: max(0, size - held.get(hardware.memory_key(key), 0)) for key, size in sizes.items()}
+
+
+def _weight_bytes(folder: str, variant: str | None) -> int:
+    """Of a component's own files that are loaded; 0 for one without weights."""
+    files = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
+    found = [file for file in files if file.endswith(".safetensors")] or [f for f in files if f.endswith(".bin")]
+    wanted = [file for file in found if variant is not None and f".{variant}" in file]
+    chosen = wanted or [file for file in found if file.count(".") == 1] or found
+    return sum(os.path.getsize(os.path.join(folder, file)) for file in chosen)
 
 
 def _held(model: nn.Module) -> dict[str, int]:
@@ -214,6 +309,27 @@ def load_sub_model(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: d
         return wrapped(*args, **{**kwargs, "device_map": "auto", "max_memory": None})
 
 
+def _adopt_passed(call: Call) -> None:
+    """What the caller passed resting in RAM stays there, and runs where the others do, from whom its inputs come."""
+    if call.plan is None or call.plan.main_device == CPU:
+        return
+    for model in filter(_rests_in_ram, call.passed.values()):
+        keys = skip_keys_of(model)
+        request = LoadRequest(
+            device_map={"": CPU}, main_device=call.plan.main_device, no_split=no_split_of(model), skip_keys=keys
+        )
+        plan = flow.plan_model(model, request)
+        with flow.sharing(plan, call.machine):
+            flow.dispatch(model, plan, Placed(request, None, keys, force_hooks=True, settle_in=open_entries))
+        open_entries(model)
+
+
+def _rests_in_ram(model: nn.Module) -> bool:
+    """And is moved by nobody."""
+    hooked = any(next(iter(iter_hooks(module)), None) is not None for module in model.modules())
+    return set(_held(model)) == {CPU} and not hooked and not getattr(model, "is_quantized", False)
+
+
 def refuse_single_file(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The library drops the device map of a pipeline in one file, whose components are known once it is read."""
     if kwargs.get("device_map") is not None:
@@ -235,9 +351,50 @@ def models_of(pipeline: Any) -> list[nn.Module]:
 
 
 def plan_of(pipeline: Any) -> Plan | None:
-    """The plan over all components of a pipeline that was placed by this package and is still; else None."""
-    plan: Plan | None = pipeline.__dict__.get(_PLAN)
-    return plan if plan is not None and pipeline.hf_device_map is not None else None
+    """The plan over the components of a pipeline, whoever made it of them; None where none of them is placed by one."""
+    return next((shared.plan for shared in _shared_by(pipeline)), None)
+
+
+@dataclass(eq=False)
+class Shared:
+    """One plan over several components, which any number of pipelines may be made of."""
+
+    plan: Plan
+    models: weakref.WeakSet[nn.Module] = field(default_factory=weakref.WeakSet)
+    pipelines: weakref.WeakSet[Any] = field(default_factory=weakref.WeakSet)
+    """Those that were given an `hf_device_map`."""
+
+    def include(self, pipeline: Any, models: Iterable[nn.Module] = ()) -> None:
+        self.pipelines.add(pipeline)
+        for model in models:
+            self.models.add(model)
+            _shared[model] = self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Shared:
+        """For the copies of models and pipelines that are being made; the pipeline is copied before what it keeps."""
+        copied = memo[id(self)] = Shared(self.plan)
+        models = [memo[id(model)] for model in self.models if id(model) in memo]
+        for pipeline in [memo[id(each)] for each in self.pipelines if id(each) in memo]:
+            copied.include(pipeline, models)
+        return copied
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _nothing, ()  # a pickled pipeline is unpickled as a plain one
+
+
+def _nothing() -> None:
+    return None
+
+
+_shared: weakref.WeakKeyDictionary[nn.Module, Shared] = weakref.WeakKeyDictionary()
+"""By component: the models themselves carry nothing."""
+
+
+def _shared_by(pipeline: Any) -> list[Shared]:
+    """What the components are part of that are placed still."""
+    models = [model for model in models_of(pipeline) if model in _shared]
+    placed = [m for m in models if attachment_of(m) is not None or resident_plan(m) is not None]
+    return list(dict.fromkeys(_shared[model] for model in placed))
 
 
 def execution_device(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.device:
@@ -268,15 +425,29 @@ def reset_device_map(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs:
 
 
 def _settle(pipeline: Any, device: torch.device) -> None:
-    """All components whole on `device`, or, where they do not fit together, nothing moved."""
-    placed = [model for model in models_of(pipeline) if attachment_of(model) is not None]
-    check_room([tensor for model in placed for tensor in incoming(model, device)], device)
-    for model in placed:
-        settle(model, device)
-    for model in models_of(pipeline):
+    """All components whole on `device`, or, where they do not fit together, nothing moved.
+
+    Those of other pipelines go with them: half of a plan is none.
+    """
+    device = torch_device(hardware.device_name(device))
+    sets = _shared_by(pipeline)
+    pipelines = [pipeline, *(each for shared in sets for each in shared.pipelines)]
+    models = {m: None for each in pipelines for m in models_of(each)}
+    models |= {model: None for shared in sets for model in shared.models}
+    check_room(list({id(tensor): tensor for model in models for tensor in _coming(model, device)}.values()), device)
+    for model in models:
+        if attachment_of(model) is not None:
+            settle(model, device)
         model.to(device)
-    pipeline.hf_device_map = None
-    del pipeline.__dict__[_PLAN]
+        _shared.pop(model, None)
+    for each in pipelines:
+        each.hf_device_map = None
+
+
+def _coming(model: nn.Module, device: torch.device) -> list[torch.Tensor]:
+    if attachment_of(model) is not None:
+        return incoming(model, device)
+    return [tensor for tensor in (*model.parameters(), *model.buffers()) if tensor.device != device]
 
 
 def remove_all_hooks(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -317,9 +488,9 @@ def from_pipe(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[s
     The library casts them, to float32 where no dtype is given: a cast of what is in that dtype already moves nothing.
     """
     pipeline: Any = kwargs["pipeline"] if "pipeline" in kwargs else args[0]
-    plan = plan_of(pipeline)
     new = wrapped(*args, **kwargs)
-    if plan is not None:
+    shared = _shared_by(new)
+    if shared and pipeline.hf_device_map is not None:
         new.hf_device_map = dict(pipeline.hf_device_map)
-        new.__dict__[_PLAN] = plan
+        shared[0].include(new)
     return new

@@ -9,12 +9,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 
 import hf_bigload
 from hf_bigload.composition import part_of
+from hf_bigload.dispatch import attach
 from hf_bigload.dispatch.attach import attachment_of
+from hf_bigload.errors import DoesNotFitError
+from hf_bigload.loaders import diffusers_skeleton
 from hf_bigload.loaders.diffusers_pipelines import models_of, plan_of
 from hf_bigload.specs import Placement, Plan
 from tests import simdev
@@ -135,6 +139,61 @@ def test_to_another_device_makes_a_plain_pipeline(saved: Saved, plain: Plain) ->
     pipeline, _ = planned(saved("flux"), "flux", {0: 450_000, "cpu": weight_bytes(saved("flux"))})
     assert pipeline.to(DEVICE) is pipeline
     assert {p.device for model in models_of(pipeline) for p in model.parameters()} == {torch.device(DEVICE)}
+    assert torch.equal(run(pipeline, "flux"), expected)
+
+
+def test_a_reset_of_one_pipeline_resets_all_that_are_made_of_its_components(saved: Saved, plain: Plain) -> None:
+    expected = plain("stable_diffusion")
+    name, total = "stable_diffusion", weight_bytes(saved("stable_diffusion"))
+    pipeline, _ = planned(saved(name), name, {0: total // 2, "cpu": total})
+    other = diffusers.StableDiffusionImg2ImgPipeline.from_pipe(pipeline)
+    other.reset_device_map()
+    assert pipeline._execution_device == torch.device("cpu") and pipeline.hf_device_map is None
+    assert torch.equal(run(pipeline, name), expected)
+
+
+def test_room_is_checked_for_components_that_carry_no_hooks_too(
+    saved: Saved, plain: Plain, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected, total = plain("flux", DEVICE), weight_bytes(saved("flux"))
+    pipeline, _ = planned(saved("flux"), "flux", {0: total * 7 // 10, "cpu": total})
+    resident = [model for model in models_of(pipeline) if attachment_of(model) is None]
+    assert resident
+    monkeypatch.setattr(attach, "free_ram", lambda: total * 6 // 10)
+    with pytest.raises(DoesNotFitError, match="Nothing was moved"):
+        pipeline.reset_device_map()
+    assert all(p.device == torch.device(DEVICE) for model in resident for p in model.parameters())
+    assert torch.equal(run(pipeline, "flux"), expected)
+
+
+@pytest.mark.parametrize("passed", ["text_encoder", "vae"])
+def test_a_plain_model_that_was_passed_runs_where_the_others_do(passed: str, saved: Saved, plain: Plain) -> None:
+    name = "stable_diffusion"
+    expected, total = plain(name, DEVICE), weight_bytes(saved(name))
+    model = getattr(load(saved(name), name), passed)
+    pipeline, _ = planned(saved(name), name, {0: total, "cpu": 2 * total}, **{passed: model})
+    assert getattr(pipeline, passed) is model and model.device == torch.device(DEVICE)
+    assert torch.equal(run(pipeline, name), expected)
+    assert {p.device for p in model.parameters()} == {torch.device("cpu")}
+    pipeline.to(DEVICE)
+    assert torch.equal(run(pipeline, name), expected)
+
+
+def test_what_no_plan_reaches_is_named_and_taken_off_the_budget(
+    saved: Saved, plain: Plain, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    expected, total = plain("flux", DEVICE), weight_bytes(saved("flux"))
+    describe = diffusers_skeleton.describe_component
+    monkeypatch.setattr(
+        diffusers_skeleton,
+        "describe_component",
+        lambda cls, *rest: None if cls is diffusers.AutoencoderKL else describe(cls, *rest),
+    )
+    budget = total * 8 // 10
+    pipeline, plan = planned(saved("flux"), "flux", {0: budget, "cpu": total})
+    vae = sum(p.nbytes for p in pipeline.vae.parameters())
+    assert plan.used[DEVICE] + vae <= budget < plan.used[DEVICE] + vae + total // 2
+    assert "vae" in caplog.text and DEVICE in caplog.text
     assert torch.equal(run(pipeline, "flux"), expected)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ from peft import LoraConfig
 import hf_bigload
 from hf_bigload.dispatch import attach
 from hf_bigload.dispatch.attach import attachment_of
-from hf_bigload.errors import DeviceMapError, DoesNotFitError
-from hf_bigload.loaders.diffusers_pipelines import models_of
+from hf_bigload.errors import BudgetError, DeviceMapError, DoesNotFitError
+from hf_bigload.loaders.calls import turn
+from hf_bigload.loaders.diffusers_pipelines import models_of, plan_of
 
 from .conftest import Plain, Saved, load
 from .pipelines import run
@@ -132,6 +134,37 @@ def test_from_pipe_shares_components_and_plan(saved: Saved, plain: Plain) -> Non
     assert is_plain(other)
 
 
+def made_of(pipeline: Any) -> Any:
+    return type(pipeline)(**pipeline.components)
+
+
+@pytest.mark.parametrize("other", [made_of, diffusers.AutoPipelineForImage2Image.from_pipe])
+def test_any_pipeline_made_of_placed_components_is_a_placed_one(other: Any, saved: Saved, plain: Plain) -> None:
+    expected = plain("stable_diffusion")
+    hf_bigload.enable()
+    first = load(saved("stable_diffusion"), "stable_diffusion", device_map=ON_DISK)
+    pipeline = other(first)
+    assert plan_of(pipeline) is plan_of(first) is not None
+    pipeline.remove_all_hooks()
+    with pytest.raises(DeviceMapError, match="reset_device_map"):
+        pipeline.enable_group_offload(onload_device=torch.device("cpu"), offload_type="leaf_level")
+    assert torch.equal(run(first, "stable_diffusion"), expected)
+    pipeline.reset_device_map()
+    assert is_plain(pipeline) and is_plain(first) and plan_of(first) is None
+    assert first.to("cpu") is first
+    assert torch.equal(run(first, "stable_diffusion"), expected)
+
+
+def test_a_copy_is_reset_by_itself(pipeline: Any, expected: torch.Tensor) -> None:
+    copied = copy.deepcopy(pipeline)
+    assert plan_of(copied) is not None
+    made = run(copied, "flux")
+    copied.reset_device_map()
+    assert is_plain(copied) and not is_plain(pipeline)
+    assert torch.equal(run(pipeline, "flux"), expected)
+    assert torch.equal(run(copied, "flux"), made)
+
+
 def test_components_made_before_are_used_as_they_are(saved: Saved, expected: torch.Tensor) -> None:
     hf_bigload.enable()
     folder = saved("flux")
@@ -163,6 +196,65 @@ def test_a_copy_makes_what_a_copy_of_a_plain_pipeline_makes(pipeline: Any, saved
 def test_a_placed_pipeline_goes_on_working_when_the_plugin_goes_off(pipeline: Any, expected: torch.Tensor) -> None:
     hf_bigload.disable()
     assert torch.equal(run(pipeline, "flux"), expected)
+
+
+@pytest.mark.parametrize("cls", [diffusers.FluxPipeline, diffusers.AutoencoderKL])
+def test_a_default_map_is_ignored_where_the_library_can_follow_none(cls: Any, saved: Saved) -> None:
+    options = {} if cls is diffusers.FluxPipeline else {"subfolder": "vae"}
+    hf_bigload.enable(device_map=ON_DISK)
+    loaded = cls.from_pretrained(saved("flux"), low_cpu_mem_usage=False, **options)
+    models = models_of(loaded) if cls is diffusers.FluxPipeline else [loaded]
+    assert not any(attachment_of(model) for model in models)
+    with pytest.raises(ValueError, match="low_cpu_mem_usage"):
+        cls.from_pretrained(saved("flux"), low_cpu_mem_usage=False, device_map=ON_DISK, **options)
+
+
+def test_a_pipeline_that_loads_others_gets_no_default_map(
+    saved: Saved, expected: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(diffusers.FluxPipeline, "_load_connected_pipes", True)
+    hf_bigload.enable(device_map=ON_DISK)
+    pipeline = load(saved("flux"), "flux")
+    assert is_plain(pipeline)
+    assert torch.equal(run(pipeline, "flux"), expected)
+    with pytest.raises(NotImplementedError, match="connected"):
+        load(saved("flux"), "flux", device_map=ON_DISK)
+
+
+def test_others_may_load_while_one_downloads(saved: Saved, monkeypatch: pytest.MonkeyPatch) -> None:
+    free, load_config = [], diffusers.FluxPipeline.load_config
+
+    def downloads(folder: Path, *args: Any, **kwargs: Any) -> Any:
+        with ThreadPoolExecutor(1) as other:
+            free.append(other.submit(lambda: turn.acquire(blocking=False) and not turn.release()).result())
+        return load_config(folder, *args, **kwargs)
+
+    monkeypatch.setattr(diffusers.FluxPipeline, "load_config", downloads)
+    hf_bigload.enable()
+    load(saved("flux"), "flux", device_map=ON_DISK)
+    assert free and all(free)
+
+
+def test_a_component_is_replanned_by_a_budget_of_its_own_only(pipeline: Any, expected: torch.Tensor) -> None:
+    with pytest.raises(BudgetError, match="load the pipeline again"):
+        hf_bigload.inspect(pipeline.transformer).replan()
+    assert torch.equal(run(pipeline, "flux"), expected)
+    replanned = hf_bigload.inspect(pipeline.transformer).replan(max_memory={"cpu": "1GB"})
+    assert {p.home for p in replanned.plan.placements} == {"cpu"}
+    assert torch.equal(run(pipeline, "flux"), expected)
+    with pytest.raises(BudgetError, match="load the pipeline again"):
+        replanned.replan()
+
+
+def test_names_in_a_map_that_the_pipeline_does_not_have_are_told(
+    saved: Saved, caplog: pytest.LogCaptureFixture
+) -> None:
+    hf_bigload.enable()
+    known = {"": "cpu", "vae": "disk", "transformer.single_transformer_blocks.0": "disk"}
+    load(saved("flux"), "flux", device_map=known)
+    assert "device_map names" not in caplog.text
+    load(saved("flux"), "flux", device_map={**known, "unet": "disk", "vae.encodre": "disk"})
+    assert "unet, vae.encodre" in caplog.text
 
 
 def test_true_guidance(pipeline: Any, saved: Saved) -> None:
