@@ -74,6 +74,7 @@ class Call:
     held: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
     """Given back when the call ends."""
     variant: str | None = None
+    use_safetensors: bool | None = None
     unplanned: dict[str, int] = field(default_factory=dict)
     """Bytes of the files of each component that no plan can place."""
 
@@ -124,7 +125,8 @@ def from_pretrained(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: 
     device_map = default_device_map_for(kwargs) if given is None else given
     if device_map is None or any(kwargs.get(name) for name in _NOT_OURS):
         return _unplanned(wrapped, args, kwargs)
-    call = Call(device_map, kwargs.get("max_memory"), is_default=given is None, variant=kwargs.get("variant"))
+    call = Call(device_map, kwargs.get("max_memory"), is_default=given is None)
+    call.variant, call.use_safetensors = kwargs.get("variant"), kwargs.get("use_safetensors")
     options = {**kwargs, "device_map": _STRATEGY}
     for name in ("dtype", "torch_dtype"):
         if options.get(name) == "auto":
@@ -222,7 +224,8 @@ def _components(
         if cls is None:
             continue
         if call.dtypes is not None:
-            call.dtypes[name] = stored_dtype(folder_of(folder, name)) or torch.float32
+            stored = stored_dtype(folder_of(folder, name), call.variant, call.use_safetensors)
+            call.dtypes[name] = stored or torch.float32
             dtype = call.dtypes
         found[name] = (cls, dtype.get(name, dtype.get("default", torch.float32)) if isinstance(dtype, dict) else dtype)
     return found
