@@ -244,13 +244,15 @@ def _budget(call: Call) -> dict[Any, Any] | None:
 
     What is free does not count what models that were made before hold.
     """
-    given = call.max_memory if call.max_memory is not None else settings.current().max_memory
+    given: Mapping[Any, Any] | None = call.max_memory
+    if given is None:
+        given = settings.current().max_memory
     held = {} if given is None else _held_by(call.passed.values())
     if call.unplanned:
         free = hardware.probe(given)
         main = next((name for name, size in free.devices.items() if size), CPU)
         held[main] = held.get(main, 0) + sum(call.unplanned.values())
-        given = {**dict(free.devices), CPU: free.ram} if given is None else given
+        given = {**free.devices, CPU: free.ram} if given is None else given
     return None if given is None else _less(given, held)
 
 
@@ -371,7 +373,7 @@ class Shared:
         self.pipelines.add(pipeline)
         for model in models:
             self.models.add(model)
-            _shared[model] = self
+            _shared.setdefault(model, self)  # one that was passed stays a part of what it was made with, too
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Shared:
         """For the copies of models and pipelines that are being made; the pipeline is copied before what it keeps."""
@@ -394,10 +396,11 @@ _shared: weakref.WeakKeyDictionary[nn.Module, Shared] = weakref.WeakKeyDictionar
 
 
 def _shared_by(pipeline: Any) -> list[Shared]:
-    """What the components are part of that are placed still."""
+    """What the components are part of that are placed still; what the pipeline was loaded by comes first."""
     models = [model for model in models_of(pipeline) if model in _shared]
     placed = [m for m in models if attachment_of(m) is not None or resident_plan(m) is not None]
-    return list(dict.fromkeys(_shared[model] for model in placed))
+    own = pipeline.__dict__.get(_SHARED)
+    return sorted(dict.fromkeys(_shared[model] for model in placed), key=lambda shared: shared is not own)
 
 
 def execution_device(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.device:

@@ -174,6 +174,14 @@ def test_components_made_before_are_used_as_they_are(saved: Saved, expected: tor
     assert torch.equal(run(pipeline, "flux"), expected)
 
 
+def test_a_component_of_two_pipelines_is_reset_with_both(pipeline: Any, saved: Saved, expected: torch.Tensor) -> None:
+    other = load(saved("flux"), "flux", device_map=ON_DISK, transformer=pipeline.transformer)
+    assert plan_of(other) is not plan_of(pipeline)
+    other.reset_device_map()
+    assert is_plain(other) and is_plain(pipeline)
+    assert torch.equal(run(pipeline, "flux"), expected)
+
+
 def test_inspect_says_to_look_at_components(pipeline: Any) -> None:
     with pytest.raises(ValueError, match="components one by one"):
         hf_bigload.inspect(pipeline)
