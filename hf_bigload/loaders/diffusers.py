@@ -24,6 +24,7 @@ from torch import nn
 from .. import flow, settings
 from ..checkpoint.index import build_index
 from ..dispatch.attach import AlignDevicesHook, attachment_of
+from ..dispatch.moving import find_device
 from ..errors import DeviceMapError
 from ..materialize import Materializer
 from ..meta_init import init_empty_weights
@@ -333,7 +334,19 @@ def _enter(model: nn.Module, name: str, *args: Any, **kwargs: Any) -> Any:
     for hook in iter_hooks(model):
         if isinstance(hook, AlignDevicesHook):
             method = functools.partial(_within, hook, model, method)
-    return method(*args, **kwargs)
+    output, device = method(*args, **kwargs), find_device([args, kwargs])
+    if device is not None:
+        for each in output.values() if isinstance(output, Mapping) else output if isinstance(output, tuple) else ():
+            _send_distribution(each, device)
+    return output
+
+
+def _send_distribution(value: Any, device: torch.device) -> None:
+    """What an encoder answers with is no tensor and has no `to`: its tensors go back to where the inputs came from."""
+    if type(value).__name__.endswith("Distribution"):
+        for name, tensor in vars(value).items():
+            if isinstance(tensor, torch.Tensor):
+                setattr(value, name, tensor.to(device))
 
 
 def _within(hook: AlignDevicesHook, model: nn.Module, method: Any, *args: Any, **kwargs: Any) -> Any:

@@ -26,7 +26,7 @@ from tests import simdev
 from .conftest import Plain, Saved, load
 from .pipelines import TINY, denoiser_of, run, weight_bytes, write_lora
 
-QUICK = ("sdxl", "flux", "wan_2_2", "ltx")
+QUICK = ("img2img", "sdxl", "flux", "wan_2_2", "ltx")
 NAMES = [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in TINY if name not in QUICK)]
 DEVICE = "sim:0"
 
