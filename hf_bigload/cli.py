@@ -29,7 +29,7 @@ from hf_bigload.describe import FLOATING, Description, describe
 from hf_bigload.errors import BigloadError, BudgetError, human_bytes
 from hf_bigload.estimate import Estimate
 from hf_bigload.planner import make_plan_with_room
-from hf_bigload.specs import CPU, DISK, Hardware, ModelSpec, Needs, Plan, Workload
+from hf_bigload.specs import CPU, Hardware, ModelSpec, Needs, Plan, Workload
 
 app = typer.Typer(
     name="hf-bigload",
@@ -218,7 +218,7 @@ def _what_travels(plan: Plan) -> str:
     """What one step moves, in words."""
     streamed: dict[str, int] = {}
     for placement in plan.placements:
-        origin = "from disk" if DISK in (placement.home, *placement.exceptions.values()) else "from RAM"
+        origin = "from disk" if placement.is_on_disk else "from RAM"
         if placement.streamed_bytes:
             streamed[origin] = streamed.get(origin, 0) + placement.streamed_bytes
     if not streamed:

@@ -19,7 +19,7 @@ from math import inf
 from typing import Any, NamedTuple
 
 from .errors import BudgetError, human_bytes
-from .schedule import Phase, Task, phases, predict, task, window, with_leaves
+from .schedule import Phase, Task, borrowed_bytes, phases, predict, task, window, with_leaves
 from .search import DEVICE, FILES, RAM, Choice, Item, Problem, Search, Step
 from .specs import CPU, DISK, BlockSpec, Hardware, ModelSpec, Needs, Placement, Plan, Workload
 
@@ -149,7 +149,7 @@ def _resident(spec: ModelSpec, hardware: Hardware, strategy: str, needs: Needs) 
     """A placement without any offload, or None if there is none."""
     budgets = hardware.devices or {CPU: hardware.ram}
     budgets = {name: budget - _activations(needs, name) for name, budget in budgets.items()}
-    fill = partial(_fill, spec.blocks, size=lambda block, _: block.nbytes + needs.cache.get(block.name, 0))
+    fill = partial(_fill, spec.blocks, size=lambda block: block.nbytes + needs.cache.get(block.name, 0))
     for limits in _limits(budgets, strategy, lambda tried: None not in fill(tried)):
         filled = fill(limits)
         if None not in filled:
@@ -185,7 +185,7 @@ def _capped(budgets: Budgets, names: Sequence[str], fits: Callable[[Budgets], bo
     yield {n: min(b, high) if n in names else b for n, b in budgets.items()}
 
 
-Size = Callable[[BlockSpec, str], int]
+Size = Callable[[BlockSpec], int]
 
 
 def _fill(blocks: Sequence[BlockSpec], budgets: Budgets, size: Size) -> list[str | None]:
@@ -193,12 +193,13 @@ def _fill(blocks: Sequence[BlockSpec], budgets: Budgets, size: Size) -> list[str
     homes: list[str | None] = []
     left, names, current = dict(budgets), list(budgets), 0
     for block in blocks:
-        at = next((i for i in range(current, len(names)) if size(block, names[i]) <= left[names[i]]), None)
+        nbytes = size(block)
+        at = next((i for i in range(current, len(names)) if nbytes <= left[names[i]]), None)
         if at is None:
             homes.append(None)
             continue
         current = at
-        left[names[at]] -= size(block, names[at])
+        left[names[at]] -= nbytes
         homes.append(names[at])
     return homes
 
@@ -367,7 +368,7 @@ class _Offload:
         name = unit.name if unit.part_of is None else self.caches.get(unit.name, unit.name)
         return self.needs.cache.get(name, 0)
 
-    def _with_cache(self, unit: BlockSpec, _device: str) -> int:
+    def _with_cache(self, unit: BlockSpec) -> int:
         return unit.nbytes + self._cache(unit)
 
     def _too_large(self, unit: BlockSpec) -> bool:
@@ -453,12 +454,9 @@ def _following(placement: Placement, lender: Placement, budget: Mapping[str, int
 def rings(placements: Sequence[Placement], depth: int) -> dict[str, int]:
     """Bytes of each device's ring; what comes from disk to an accelerator passes through one in RAM."""
     arriving: dict[str, list[int]] = {}
-    sizes = {t.name: t.nbytes for p in placements for t in p.block.tensors}
-    homes = {t.name: p.home_of(t.name) for p in placements for t in p.block.tensors}
-    for p in placements:
-        borrowed = 0 if p.at_home else sum(sizes[n] for n in p.block.borrows if homes.get(n, p.device) != p.device)
+    for p, borrowed in zip(placements, borrowed_bytes(placements), strict=True):
         arriving.setdefault(p.device, []).append(p.streamed_bytes + borrowed)
-        if p.device != CPU and DISK in (p.home, *p.exceptions.values()):
+        if p.device != CPU and p.is_on_disk:
             arriving.setdefault(CPU, []).append(p.streamed_bytes + borrowed)
     return {device: size for device, each in arriving.items() if (size := window(each, depth))}
 

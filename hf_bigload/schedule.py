@@ -90,7 +90,7 @@ def task(placement: Placement, phase: Phase, needs: Needs, speeds: Speeds, borro
     """What a call of a block takes where it is placed; `borrowed` bytes of others' weights come with its own."""
     home, on_cpu = placement.home, placement.device == CPU or placement.at_home
     moved = 0 if placement.at_home else placement.streamed_bytes + borrowed
-    from_disk = moved > 0 and DISK in (home, *placement.exceptions.values())
+    from_disk = moved > 0 and placement.is_on_disk
     # what is computed where it rests comes page by page, while it is computed with
     paged = placement.block.nbytes if placement.at_home and home == DISK and not placement.block.gathers else 0
     # what comes from disk into memory takes of its bandwidth, and arithmetic there waits for as much

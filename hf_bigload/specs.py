@@ -309,6 +309,11 @@ class Placement:
         return self.exceptions.get(tensor, self.home)
 
     @property
+    def is_on_disk(self) -> bool:
+        """Whether any tensor of the block rests there."""
+        return DISK in (self.home, *self.exceptions.values())
+
+    @property
     def streamed_bytes(self) -> int:
         """Bytes that have to come to `device` each time the block runs."""
         if self.at_home:
